@@ -1,0 +1,1 @@
+"""Scripts: thin command lines over `xlstm_jax` and `configs`."""

@@ -1,0 +1,281 @@
+"""The trainer: it learns, dispatches do not matter, the carry continues, a NaN stops it; what the command line refuses."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import train as script
+from tests.configs import tiny
+from tests.stand_in import Recall, model
+from xlstm_jax import metrics, optim, train
+from xlstm_jax.checkpoint import Checkpoints
+from xlstm_jax.evaluate import evaluate, token_scores
+
+SETTINGS = {"batch_size": 4, "eval_batch_size": 8, "log_every": 5, "steps_per_dispatch": 5, "progress": False}
+
+
+def optimizer(steps, **settings):
+    return optim.make(**({"learning_rate": 1e-2, "steps": steps, "warmup_steps": 3} | settings))
+
+
+def fit(steps, task=None, *, dropout=0.0, **settings):
+    """(trained model, result)"""
+    trained = model(dropout=dropout)
+    return trained, train.fit(trained, task or Recall(), optimizer(steps), steps=steps, **(SETTINGS | settings))
+
+
+def same(left, right):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_learns_and_writes_its_record(tmp_path):
+    trained, result = fit(100, workdir=tmp_path, eval_every=50, save_every=40, record={"id": "one"})
+    assert result["test_accuracy"] > 0.9
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result.keys() >= {"id", "steps", "seed", "parameters", "seconds", "valid_loss", "test_loss"}
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in rows if r["split"] == "train"] == list(range(5, 101, 5))
+    assert [(r["step"], r["split"]) for r in rows if r["split"] != "train"] == [
+        (50, "valid"), (100, "valid"), (100, "test"),
+    ]  # fmt: skip
+    assert rows[0].keys() == {"step", "split", "loss", "accuracy", "grad_norm", "learning_rate"}
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["100", "80"]
+    assert metrics.read(tmp_path / "timing.jsonl")[-1].keys() == {"step", "seconds", "steps_per_second"}
+    assert evaluate(trained, Recall(), "test", 8)["accuracy"] == result["test_accuracy"]
+
+
+def test_steps_a_dispatch_change_nothing(tmp_path):
+    one, _ = fit(23, dropout=0.2, steps_per_dispatch=1, workdir=tmp_path / "1")
+    five, _ = fit(23, dropout=0.2, steps_per_dispatch=5, workdir=tmp_path / "5")
+    same(nnx.state(one), nnx.state(five))
+    assert (tmp_path / "1/metrics.jsonl").read_text() == (tmp_path / "5/metrics.jsonl").read_text()
+
+
+def test_a_finished_run_only_evaluates_again(tmp_path):
+    _, first = fit(6, workdir=tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    _, second = fit(6, workdir=tmp_path)
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert before == (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_seeds_share_one_program():
+    fit(5, seed=1)
+    compiled = train._dispatch._cache_size()
+    fit(5, seed=2)
+    assert train._dispatch._cache_size() == compiled
+
+
+def test_the_state_continues_and_its_gradient_is_cut():
+    task, tx, tiny_model = Recall(carries_state=True), optimizer(4), model()
+    graphdef, params = nnx.split(tiny_model)
+    state = train.init_state(tiny_model, task, tx, 4, seed=0)
+    np.testing.assert_array_equal(state.carry[0], 0)
+    step = jax.jit(lambda s: train.train_step(s, graphdef=graphdef, task=task, tx=tx, batch_size=4))
+    first, _ = step(state)
+    batch = task.batch("train", 0, 0, 4)
+    np.testing.assert_allclose(first.carry[0], tiny_model(batch.inputs)[1][0], rtol=1e-6)
+    _, row = step(first)
+
+    def loss(params, carry):
+        merged = nnx.merge(graphdef, params)
+        return train.loss_and_accuracy(merged, task.batch("train", 0, 1, 4), carry, None)[0]
+
+    expected, grads = jax.value_and_grad(loss)(first.params, first.carry)
+    np.testing.assert_allclose(row.loss, expected, rtol=1e-6)
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(row.grad_norm, norm, rtol=1e-5)
+    assert abs(float(loss(first.params, state.carry)) - float(expected)) > 1e-3  # an empty state would differ
+
+
+def test_carried_state_lets_the_first_answer_be_learned():
+    _, result = fit(150, Recall(carries_state=True))
+    assert result["test_accuracy"] > 0.95  # without the state: at most (5 + 1/4) / 6
+
+
+def test_a_nan_stops_the_run_and_names_the_last_checkpoint(tmp_path):
+    with pytest.raises(train.Diverged) as error:
+        fit(20, Recall(bad_step=12), workdir=tmp_path, save_every=5, log_every=1)
+    message = str(error.value)
+    assert "diverged at step 13: loss nan" in message and "gradient norm nan" in message
+    assert str(tmp_path / "checkpoints" / "10") in message and "\n" not in message
+    assert [r["step"] for r in metrics.read(tmp_path / "metrics.jsonl")] == list(range(1, 13))
+    assert not (tmp_path / "result.json").exists()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest() == 10
+
+
+def test_a_bad_step_leaves_the_state_as_it_was():
+    task, tx, tiny_model = Recall(bad_step=0), optimizer(4), model()
+    graphdef, params = nnx.split(tiny_model)
+    state = train.init_state(tiny_model, task, tx, 4, seed=0)
+    new, row = train.train_step(state, graphdef=graphdef, task=task, tx=tx, batch_size=4)
+    assert not row.finite
+    same(new, state)
+
+
+def test_token_scores_against_numpy():
+    logits = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    targets = np.asarray([[0, 4, 2], [1, 1, 3]])
+    nll, correct = token_scores(jnp.asarray(logits), jnp.asarray(targets))
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(
+        nll, -np.log(np.take_along_axis(probabilities, targets[..., None], -1)[..., 0]), rtol=1e-5
+    )
+    np.testing.assert_array_equal(correct, logits.argmax(-1) == targets)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "log_every", "steps_per_dispatch", "eval_batch_size"])
+def test_counts_must_be_positive(name):
+    settings = {"tx": optimizer(3), "steps": 3, **SETTINGS, name: 0}
+    with pytest.raises(ValueError, match=f"{name} is 0: at least 1"):
+        train.fit(model(), Recall(), **settings)
+
+
+def test_another_model_or_seed_in_the_folder_is_refused(tmp_path):
+    fit(4, workdir=tmp_path)
+    with pytest.raises(ValueError, match="seed 0, not 1"):
+        fit(4, workdir=tmp_path, seed=1)
+    with pytest.raises(ValueError, match="is another model: .* differ"):
+        train.fit(model(dim=8), Recall(), optimizer(4), steps=4, workdir=tmp_path, **SETTINGS)
+    with pytest.raises(ValueError, match="checkpoint of step 4, but steps is 3"):
+        fit(3, workdir=tmp_path)
+
+
+def test_an_evaluation_without_batches_is_refused():
+    with pytest.raises(ValueError, match="recall: the test split has no batch of 64 rows"):
+        evaluate(model(), Recall(), "test", 64)
+
+
+def test_masked_nan_rows_cost_nothing():
+    """Steps of weight 0 count neither in the loss nor in its gradient."""
+    task = Recall()
+    batch = task.batch("train", 0, 0, 4)
+    loss = lambda targets: train.loss_and_accuracy(model(), batch._replace(targets=targets), None, None)[0]  # noqa: E731
+    assert loss(batch.targets) == loss(batch.targets.at[:, 0].set(0))
+    assert dataclasses.is_dataclass(task)
+
+
+# The command line
+
+
+def config(arg=None, **changes):
+    fresh = tiny.get_config(arg).unlock()
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            fresh[section][field] = value
+        else:
+            fresh[section] = value
+    return fresh.lock()
+
+
+@pytest.fixture
+def no_cache(monkeypatch):
+    monkeypatch.setattr(script, "use_compilation_cache", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task__name": "party"}, "unknown config.task.name 'party'; nearest: parity"),
+        ({"model__backbone": "lsmt"}, "config.model: .*lstm"),
+        ({"model__dimm": 8}, "config.model: .*dimm"),
+        ({"task__num_evall": 8}, "'config.task.num_evall'; nearest: config.task.num_eval"),
+        ({"optimizer__learning_rat": 1.0}, "nearest: config.optimizer.learning_rate"),
+        ({"optimizer__learning_rate": -1.0}, "config.optimizer: learning_rate is -1.0"),
+        ({"optimizer__name": "adam2"}, "config.optimizer: unknown optimizer 'adam2'; nearest: adamw"),
+        ({"optimizer__warmup_steps": 21}, "config.optimizer: warmup_steps is 21"),
+        ({"kind": "tager"}, "unknown config.kind 'tager'; nearest: tagger"),
+        ({"steps": 0}, "config.steps is 0: at least 1"),
+        ({"steps": 1.5}, r"config.steps is 1.5 \(float\): an int is needed"),
+        ({"batch_size": -4}, "config.batch_size is -4"),
+        ({"save_every": -1}, "config.save_every is -1: at least 0"),
+        ({"step": 3}, "unknown field 'config.step'; nearest: config.steps"),
+        ({"model": 3}, "config.model is 3: a dictionary"),
+    ],
+)
+def test_a_wrong_config_is_named_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        script.run(config(**changes), tmp_path / "run", progress=False)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_row_repeat_and_another_config(tmp_path, no_cache):
+    row = script.run(config(), tmp_path / "run", progress=False)
+    assert row.keys() >= {"id", "config", "seed", "steps", "parameters", "versions", "commit", "device", "seconds"}
+    assert row.keys() >= {"valid_accuracy", "test_scaled_accuracy"} and row["id"] == "run"
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert record["parameters"] == row["parameters"] and record["config"] == script.resolve(config())
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert script.run(config(), tmp_path / "run", progress=False) == row
+    with pytest.raises(
+        ValueError, match="another config's run: model.dim is 8 there, 12 here; seed is 0 there, 1 here"
+    ):
+        script.run(config(model__dim=12, seed=1), tmp_path / "run", progress=False)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_a_folder_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be made: Not a directory"):
+        script.run(config(), tmp_path / "file/run", progress=False)
+    with pytest.raises(ValueError, match="cannot be made: File exists"):
+        script.run(config(), tmp_path / "file", progress=False)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="a run without config.json"):
+        script.run(config(), tmp_path / "foreign", progress=False)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(script.os, "access", lambda *_: False)  # the tests may run as root
+    with pytest.raises(ValueError, match="cannot be written"):
+        script.run(config(), tmp_path, progress=False)
+
+
+TINY = "--config=tests/configs/tiny.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([TINY, "--config.stepz=3"], "steps"),
+        ([TINY, "--config.model.dimm=3"], "model.dim"),
+        ([TINY, "--config.steps=abc"], "abc"),
+        ([TINY, "--config.steps=1.5"], "int"),
+        ([TINY, "--config.steps"], "config.steps"),
+        ([TINY + ":nonsense"], "tiny.py takes no argument or lm"),
+        (["--config=tests/configs/absent.py"], "absent.py"),
+        ([], "--config is missing"),
+        ([TINY, "--wrkdir=x"], "wrkdir"),
+        ([TINY, "steps=3"], "unknown argument 'steps=3'"),
+        ([TINY, "--config.task.name=party"], "nearest: parity"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line_and_code_2(arguments, message, tmp_path, monkeypatch, capsys, request):
+    monkeypatch.chdir(request.config.rootpath)
+    assert script.main(["train", f"--workdir={tmp_path / 'run'}", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_workdir_is_asked_for(monkeypatch, capsys, request):
+    monkeypatch.chdir(request.config.rootpath)
+    assert script.main(["train", TINY]) == 2
+    assert "--workdir is missing" in capsys.readouterr().err
+
+
+def test_divergence_is_code_1(tmp_path, monkeypatch, capsys, request, no_cache):
+    monkeypatch.chdir(request.config.rootpath)
+    arguments = ["--config.optimizer.learning_rate=1e38", "--config.optimizer.warmup_steps=0"]
+    assert script.main(["train", f"--workdir={tmp_path / 'run'}", TINY, *arguments]) == 1
+    assert "diverged at step" in capsys.readouterr().err

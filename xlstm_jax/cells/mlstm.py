@@ -1,0 +1,83 @@
+"""mLSTM: matrix memory with exponential gating (Beck et al. 2024, arXiv:2405.04517, eqs. 19-27) as a cell.
+
+    q, k, v = W x_t;   i~, f~ = W x_t + b (one number a head);   h_t = sigmoid(W_o x_t + b_o) * mlstm(q, k, v, i~, f~)
+
+The recurrence itself, in three forms, is `kernels.mlstm`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from ..kernels import mlstm as kernel
+from ..kernels.mlstm import MLSTMState
+from .base import Cell, Initializer, check_inputs
+
+
+def linspace_bias(start: float, stop: float) -> Initializer:
+    """From start to stop over the heads (the forget gate's published bias is 3 to 6)."""
+    return lambda key, shape, dtype=jnp.float32: jnp.linspace(start, stop, shape[0], dtype=dtype)
+
+
+class MLSTM(Cell):
+    """mLSTM with output gate; q and k of width `qk_features`, v of width `features`, all split over `num_heads`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        num_heads: int = 4,
+        qk_features: int | None = None,
+        input_gate: str = "exp",
+        normalize: bool = True,
+        kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        form: str = "chunkwise",
+        chunk_size: int = 64,
+        rngs: nnx.Rngs,
+    ):
+        qk_features = qk_features or features
+        if num_heads < 1 or features % num_heads or qk_features % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide features={features} and qk_features={qk_features}")
+        self.in_features, self.features, self.num_heads, self.qk_features = in_features, features, num_heads, qk_features
+        self.dtype, self.param_dtype = dtype, param_dtype
+        self.options = dict(form=form, chunk_size=chunk_size, input_gate=input_gate, normalize=normalize)
+        shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.qkv = nnx.Linear(in_features, 2 * qk_features + features, use_bias=False, kernel_init=kernel_init, **shared)
+        self.o = nnx.Linear(in_features, features, kernel_init=kernel_init, **shared)
+        self.i = gate(in_features, num_heads, jax.nn.initializers.normal(0.1), param_dtype, rngs)
+        self.f = gate(in_features, num_heads, linspace_bias(3.0, 6.0), param_dtype, rngs)
+
+    def initial_state(self, batch_size: int) -> MLSTMState:
+        """The empty memory, float32 or wider."""
+        H = self.num_heads
+        dtype = jnp.promote_types(self.param_dtype, jnp.float32)
+        return kernel.initial_state(batch_size, H, self.qk_features // H, self.features // H, dtype)
+
+    def __call__(
+        self,
+        xs: Float[Array, "B T D_in"],
+        state: MLSTMState | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        reset: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], MLSTMState]:
+        """xs (B, T, D_in) to outputs (B, T, D) and the last state."""
+        check_inputs(xs, self.in_features, state, MLSTMState, mask, reset)
+        B, T, _ = xs.shape
+        q, k, v = jnp.split(self.qkv(xs), [self.qk_features, 2 * self.qk_features], axis=-1)
+        q, k, v = (a.reshape(B, T, self.num_heads, -1) for a in (q, k, v))
+        state = self.initial_state(B) if state is None else state
+        h, state = kernel.mlstm(q, k, v, self.i(xs), self.f(xs), state, mask=mask, reset=reset, **self.options)
+        return jax.nn.sigmoid(self.o(xs)) * h.reshape(B, T, self.features), state
+
+
+def gate(in_features: int, num_heads: int, bias_init: Initializer, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A gate's pre-activation, one a head, in float32 or wider; it starts from its bias alone."""
+    dtype = jnp.promote_types(param_dtype, jnp.float32)
+    zeros = jax.nn.initializers.zeros
+    return nnx.Linear(
+        in_features, num_heads, kernel_init=zeros, bias_init=bias_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )

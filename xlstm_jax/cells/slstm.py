@@ -1,0 +1,64 @@
+"""sLSTM: scalar memory, exponential input gate, memory mixing by head (Beck et al. 2024, arXiv:2405.04517, eqs. 8-18).
+
+    i~, f~, z~, o~ = W x_t + R h_{t-1} + b
+    m_t = max(log sigmoid(f~) + m_{t-1}, i~)      (i~ where n_{t-1} = 0: nothing is stored yet)
+    i = exp(i~ - m_t);   f = exp(log sigmoid(f~) + m_{t-1} - m_t)
+    c_t = f c_{t-1} + i tanh(z~);   n_t = f n_{t-1} + i;   h_t = sigmoid(o~) c_t / n_t
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .base import RecurrentCell
+
+
+class SLSTMState(NamedTuple):
+    """c and n in units of exp(m)."""
+
+    c: Float[Array, "B D"]
+    n: Float[Array, "B D"]
+    m: Float[Array, "B D"]
+    h: Float[Array, "B D"]
+
+
+def slstm_rule(x, r, state, params):
+    i, f, z, o = jnp.unstack(x + r, axis=1)
+    log_f = jax.nn.log_sigmoid(f) + state.m
+    m = jnp.where(state.n == 0, i, jnp.maximum(log_f, i))
+    i, f = jnp.exp(jnp.minimum(i - m, 0)), jnp.exp(jnp.minimum(log_f - m, 0))
+    c = f * state.c + i * jnp.tanh(z)
+    n = f * state.n + i
+    h = jax.nn.sigmoid(o) * c / n
+    return SLSTMState(c, n, m, h), h
+
+
+def powerlaw_forget_bias(features: int, num_heads: int, block: float = 0.0, num_blocks: int = 1) -> Float[Array, " D"]:
+    """b[j] = 5 - 12 (j / (E - 1))^p within each head of width E, p = 0.3 + 1.3 block / (num_blocks - 1): from 5 to -7."""
+    E = features // num_heads
+    p = 0.3 + 1.3 * block / max(num_blocks - 1, 1)
+    return jnp.tile(5 - 12 * (jnp.arange(E) / max(E - 1, 1)) ** p, num_heads)
+
+
+class SLSTM(RecurrentCell):
+    """sLSTM with `num_heads` blocks in R. R starts at zero and the forget bias by the power law, as published."""
+
+    State, gates, rule = SLSTMState, ("i", "f", "z", "o"), staticmethod(slstm_rule)
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        num_heads: int = 4,
+        block: int = 0,
+        num_blocks: int = 1,
+        recurrent_init=jax.nn.initializers.zeros,
+        **options,
+    ):
+        super().__init__(in_features, features, num_heads=num_heads, recurrent_init=recurrent_init, **options)
+        if self.b is not None:
+            bias = powerlaw_forget_bias(features, num_heads, block, num_blocks)
+            self.b[...] = self.b[...].at[1].set(bias.astype(self.param_dtype))

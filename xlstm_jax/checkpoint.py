@@ -1,0 +1,79 @@
+"""Checkpoints: any pytree of arrays, saved asynchronously by orbax, restored into the sharding of a given state."""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+
+class Checkpoints:
+    """The last two checkpoints under one folder, one sub-folder a step."""
+
+    def __init__(self, folder: Path):
+        self._folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        self._manager.wait_until_finished()
+        return self._manager.latest_step()
+
+    def latest_path(self) -> Path | None:
+        """Folder of the newest complete checkpoint."""
+        step = self.latest()
+        return None if step is None else self._folder / str(step)
+
+    def save(self, step: int, tree: PyTree) -> None:
+        """Write in the background; the arrays are copied to the host before this returns."""
+        self._manager.save(step, args=ocp.args.StandardSave(_named(tree)))
+
+    def restore(self, step: int, like: PyTree) -> PyTree:
+        """The checkpoint of `step`, with the structure, dtypes and shardings of `like`."""
+        named = _named(like)
+        abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in named.items()}
+        saved = self._manager.item_metadata(step)
+        shapes = {k: (tuple(x.shape), str(x.dtype)) for k, x in dict(saved or {}).items()}
+        wanted = {k: (tuple(x.shape), str(x.dtype)) for k, x in named.items()}
+        if shapes != wanted:
+            differ = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))
+            raise ValueError(
+                f"checkpoint {self._folder / str(step)} is another model: {differ[0]} is {shapes.get(differ[0])} there,"
+                f" {wanted.get(differ[0])} here ({len(differ)} of {len(wanted)} arrays differ)"
+            )
+        restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in named])
+
+    def restore_part(self, step: int, prefix: str, like: PyTree) -> PyTree:
+        """Only the part of a saved tree under the field `prefix` (say "params"); `like` may be abstract."""
+        named = {f"{prefix}.{name}": x for name, x in _named(like).items()}
+        saved = dict(self._manager.item_metadata(step))
+        missing = [name for name, x in named.items() if name not in saved or tuple(saved[name].shape) != x.shape]
+        if missing:
+            raise ValueError(
+                f"checkpoint {self._folder / str(step)} has no {missing[0]} of shape {named[missing[0]].shape}"
+            )
+        restored = self._manager.restore(step, args=ocp.args.StandardRestore())
+        return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in named])
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _named(tree: PyTree) -> dict[str, jax.Array]:
+    """The leaves by dotted name, in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator=".").replace(".value", ""): x for path, x in leaves}
+    assert len(named) == len(leaves), "two leaves share a name"
+    return named

@@ -1,0 +1,1 @@
+"""Corpora as byte arrays, and what a compressor makes of them."""

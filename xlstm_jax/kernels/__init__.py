@@ -1,0 +1,1 @@
+"""Pure functions on arrays: the recurrences behind every cell. No Flax here."""

@@ -1,0 +1,189 @@
+"""The mLSTM's matrix memory (Beck et al. 2024, arXiv:2405.04517, eqs. 19-27) in three forms of one definition.
+
+    m_t = max(log f_t + m_{t-1}, log i_t);   f' = exp(log f_t + m_{t-1} - m_t);   i' = exp(log i_t - m_t)
+    C_t = f' C_{t-1} + i' k_t v_t^T;         n_t = f' n_{t-1} + i' k_t
+    h_t = C_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + eps),   q scaled by K^-1/2
+
+with log f = log sigmoid(f~) and log i = i~ (`input_gate="exp"`), or log i = log sigmoid(i~) and m = 0
+(`"sigmoid"`, xLSTM 7B and TFLA papers, arXiv:2503.14376). All forms start from m = 0, so they agree to rounding:
+
+    "recurrent"  one step after another, linear in T
+    "parallel"   all pairs of steps at once, quadratic in T
+    "chunkwise"  parallel inside chunks of `chunk_size` steps, recurrent between them; gradients recompute a chunk
+
+Gradients are exact, through the normaliser, the floor exp(-m) and the carried state.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+class MLSTMState(NamedTuple):
+    """C and n in units of exp(m)."""
+
+    C: Float[Array, "B H K V"]
+    n: Float[Array, "B H K"]
+    m: Float[Array, "B H"]
+
+
+class Inputs(NamedTuple):
+    """q (scaled), k, v (B, H, T, .), the log gates (B, H, T), and reset (B, T) or None."""
+
+    q: Array
+    k: Array
+    v: Array
+    log_i: Array
+    log_f: Array
+    reset: Array | None
+
+
+def initial_state(B: int, H: int, K: int, V: int, dtype=jnp.float32) -> MLSTMState:
+    """The empty memory."""
+    return MLSTMState(jnp.zeros((B, H, K, V), dtype), jnp.zeros((B, H, K), dtype), jnp.zeros((B, H), dtype))
+
+
+def mlstm(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    i: Float[Array, "B T H"],
+    f: Float[Array, "B T H"],
+    state: MLSTMState | None = None,
+    *,
+    form: str = "chunkwise",
+    chunk_size: int = 64,
+    input_gate: str = "exp",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    reset: Bool[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T H V"], MLSTMState]:
+    """Reads and writes the matrix memory along T; i and f are the gates' pre-activations.
+
+    `normalize=False` (sigmoid gate only) returns C^T q as it is and leaves n alone. A step with mask False copies
+    the state through and outputs zeros; one with reset True starts from the empty memory, exactly.
+    """
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r} of mlstm; there are {sorted(FORMS)}")
+    if input_gate not in ("exp", "sigmoid"):
+        raise ValueError(f"input_gate must be 'exp' or 'sigmoid', not {input_gate!r}")
+    if not normalize and input_gate == "exp":
+        raise ValueError("normalize=False needs input_gate='sigmoid': an exponential gate has to be normalised")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    B, T, H, K = q.shape
+    dtype = jnp.promote_types(q.dtype, jnp.float32)  # of the state, the gates and all sums
+    if state is None:
+        state = initial_state(B, H, K, v.shape[-1], dtype)
+    log_i = i.astype(dtype) if input_gate == "exp" else jax.nn.log_sigmoid(i.astype(dtype))
+    log_f = jax.nn.log_sigmoid(f.astype(dtype))
+    if mask is not None:  # a masked step writes nothing and forgets nothing
+        log_i, log_f = jnp.where(mask[..., None], log_i, -jnp.inf), jnp.where(mask[..., None], log_f, 0)
+    inputs = Inputs(*(jnp.moveaxis(a, 1, 2) for a in (q * K**-0.5, k, v, log_i, log_f)), reset)
+    options = dict(stabilise=input_gate == "exp", normalize=normalize, eps=eps)
+    h, state = FORMS[form](inputs, state, chunk_size, options)
+    h = jnp.moveaxis(h, 1, 2).astype(v.dtype)
+    return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
+
+
+def _normalised(num: Array, den: Array, m: Array, normalize: bool, eps: float) -> Array:
+    """num / (max(|den|, exp(-m)) + eps); the floor's exponent is kept inside the dtype's range."""
+    if not normalize:
+        return num
+    largest = 0.9 * math.log(jnp.finfo(m.dtype).max)
+    return num / (jnp.maximum(jnp.abs(den), jnp.exp(jnp.minimum(-m, largest))) + eps)[..., None]
+
+
+def _step(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
+    q, k, v, log_i, log_f, reset = inputs
+    C, n, m = state
+    if reset is not None:
+        empty = reset[:, None]
+        C, n, m = jnp.where(empty[..., None, None], 0, C), jnp.where(empty[..., None], 0, n), jnp.where(empty, 0, m)
+    m_new = jnp.maximum(log_f + m, log_i) if stabilise else m
+    f, i = jnp.exp(log_f + m - m_new)[..., None], jnp.exp(log_i - m_new)[..., None]
+    C = f[..., None] * C + (i * k)[..., None] * v[..., None, :].astype(C.dtype)
+    if normalize:
+        n = f * n + i * k
+    num, den = jnp.einsum("bhk,bhkv->bhv", q, C), jnp.einsum("bhk,bhk->bh", q, n)
+    return MLSTMState(C, n, m_new), _normalised(num, den, m_new, normalize, eps)
+
+
+def _recurrent(inputs, state, chunk_size, options):
+    steps = Inputs(*(jnp.moveaxis(a, 2, 0) for a in inputs[:-1]), None if inputs.reset is None else inputs.reset.T)
+    state, h = jax.lax.scan(partial(_step, **options), state, steps)
+    return jnp.moveaxis(h, 0, 2), state
+
+
+def _chunk(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
+    """All steps of one chunk at once. F is the running sum of log f, D[t, j] = F_t - F_j + log i_j the log weight
+    of step j at step t, and base_t the log weight of the memory before the chunk (or of the empty one after a reset)."""
+    q, k, v, log_i, log_f, reset = inputs  # (B, H, L, .), (B, H, L), (B, L)
+    C, n, m = state
+    L = q.shape[2]
+    F = jnp.cumsum(log_f, axis=-1)
+    allowed = jnp.tril(jnp.ones((L, L), bool))[None, None]
+    base = F + m[..., None]
+    if reset is not None:
+        segment = jnp.cumsum(reset, axis=-1)
+        allowed = allowed & (segment[:, None, :, None] == segment[:, None, None, :])
+        last_reset = jax.lax.cummax(jnp.where(reset, jnp.arange(L)[None], -1), axis=1)
+        before = jnp.take_along_axis(F - log_f, jnp.maximum(last_reset, 0)[:, None], axis=-1)
+        carried = (segment == 0)[:, None]
+        base = jnp.where(carried, base, F - before)
+    D = jnp.where(allowed, F[..., :, None] - F[..., None, :] + log_i[..., None, :], -jnp.inf)
+    m_all = jnp.maximum(base, D.max(axis=-1)) if stabilise else jnp.broadcast_to(m[..., None], base.shape)
+    old = jnp.exp(base - m_all)  # weight of the carried memory at each step
+    if reset is not None:
+        old = jnp.where(carried, old, 0)
+    weight = jnp.exp(D - m_all[..., None])
+    P = jnp.einsum("bhtk,bhjk->bhtj", q, k, preferred_element_type=m.dtype) * weight
+    num = old[..., None] * jnp.einsum("bhtk,bhkv->bhtv", q, C) + jnp.einsum("bhtj,bhjv->bhtv", P, v)
+    den = old * jnp.einsum("bhtk,bhk->bht", q, n) + P.sum(axis=-1)
+    h = _normalised(num, den, m_all, normalize, eps)
+    last = weight[:, :, -1, :, None] * k  # what each step leaves in the memory at the end of the chunk
+    C = old[..., -1, None, None] * C + jnp.einsum("bhjk,bhjv->bhkv", last, v, preferred_element_type=m.dtype)
+    if normalize:
+        n = old[..., -1, None] * n + last.sum(axis=2)
+    return MLSTMState(C, n, m_all[..., -1]), h
+
+
+def _chunkwise(inputs, state, chunk_size, options):
+    """Whole chunks by a scan, then the shorter tail (which is all there is when T is at most one chunk)."""
+    T = inputs.q.shape[2]
+    L = min(chunk_size, T)
+    whole = T - T % L if T > L else 0
+    chunk = partial(_chunk, **options)
+    pieces = []
+    if whole:
+        state, h = jax.lax.scan(jax.checkpoint(chunk), state, jax.tree.map(partial(_cut, whole, L), inputs))
+        pieces.append(jnp.moveaxis(h, 0, 2).reshape(*h.shape[1:3], whole, h.shape[-1]))
+    if whole < T:
+        tail = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, whole, T, axis=_time_axis(a)), inputs)
+        state, h = chunk(state, tail)
+        pieces.append(h)
+    return jnp.concatenate(pieces, axis=2), state
+
+
+def _time_axis(a: Array) -> int:
+    """Reset is (B, T), all others (B, H, T, ...)."""
+    return 1 if a.ndim == 2 else 2
+
+
+def _cut(whole, L, a):
+    """The first `whole` steps as chunks of L, chunks leading."""
+    axis = _time_axis(a)
+    a = jax.lax.slice_in_dim(a, 0, whole, axis=axis)
+    return jnp.moveaxis(a.reshape(*a.shape[:axis], whole // L, L, *a.shape[axis + 1 :]), axis, 0)
+
+
+def _parallel(inputs, state, chunk_size, options):
+    return _chunkwise(inputs, state, inputs.q.shape[2], options)
+
+
+FORMS = {"recurrent": _recurrent, "parallel": _parallel, "chunkwise": _chunkwise}

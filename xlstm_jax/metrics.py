@@ -1,0 +1,154 @@
+"""What a run writes: metrics as JSON lines, the record of its environment, and a live progress line."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Lines:
+    """Appends JSON objects to a file, one a line, each line whole on disk when `write` returns."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, **row: Any) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read(path: str | os.PathLike) -> list[dict]:
+    """Rows of a JSON-lines file; none if it is missing; a last line cut short by a kill is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # what stands after the last newline was cut short
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}") from error
+    return rows
+
+
+def truncate(path: str | os.PathLike, step: int) -> list[dict]:
+    """Keep what a run had written when it saved at `step`: train rows up to it, others before it. Returns the rows."""
+    rows = read(path)
+    kept = [r for r in rows if r["step"] < step or (r["step"] == step and r.get("split", "train") == "train")]
+    if Path(path).exists():
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """Replace the file as a whole: a reader, or a kill, sees the old text or the new."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """One indented JSON value, atomically."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit of the source tree, device and precision."""
+    devices = jax.devices()
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "commit": commit(),
+        "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "precision": {
+            "x64": bool(jax.config.jax_enable_x64),
+            "matmul": jax.config.jax_default_matmul_precision or "default",
+        },
+    }
+
+
+def commit() -> str | None:
+    """Commit of the source tree that this file lies in, "+dirty" with uncommitted changes; None outside git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode or changes.returncode:
+        return None
+    return head.stdout.strip() + ("+dirty" if changes.stdout.strip() else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+class Progress:
+    """Live line with step, loss, steps/s and time left; where there is no terminal, a plain line every `interval` s."""
+
+    def __init__(self, steps: int, step: int = 0, label: str = "train", interval: float = 10.0, enabled: bool = True):
+        self._steps, self._label, self._interval = steps, label, interval
+        self._marks = [
+            (time.monotonic(), step)
+        ]  # the last few updates: the speed is that of now, not of the compilation
+        self._printed = time.monotonic()
+        self._live = None
+        if enabled and sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(self._line(step, None, 0.0), refresh_per_second=4, transient=True)
+            self._live.start()
+        self._plain = enabled and self._live is None
+
+    def update(self, step: int, loss: float) -> float:
+        """Show this step; returns steps a second over the last updates."""
+        now = time.monotonic()
+        self._marks = [*self._marks[-20:], (now, step)]
+        (then, first), *_ = self._marks[1:] if len(self._marks) > 2 else self._marks
+        speed = (step - first) / max(now - then, 1e-9)
+        if self._live:
+            self._live.update(self._line(step, loss, speed))
+        elif self._plain and now - self._printed >= self._interval:
+            self._printed = now
+            print(self._line(step, loss, speed), flush=True)
+        return speed
+
+    def note(self, text: str) -> None:
+        """A line that stays on the screen (an evaluation's numbers)."""
+        if self._live:
+            self._live.console.print(f"{self._label}: {text}", highlight=False)
+        elif self._plain:
+            print(f"{self._label}: {text}", flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+
+    def _line(self, step: int, loss: float | None, speed: float) -> str:
+        if loss is None:
+            return f"{self._label}: step {step}/{self._steps}, compiling"
+        left = int((self._steps - step) / speed) if speed > 0 else 0
+        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return f"{self._label}: step {step}/{self._steps}, loss {loss:.4f}, {speed:.1f} steps/s, {clock} left"

@@ -1,0 +1,84 @@
+"""Stacks of blocks by name: bare cells, residual blocks around any cell, xLSTM[a:b], and a causal Transformer.
+
+    "lstm"          cells one on another, as in torch's nn.LSTM (any name of `cells.CELLS`)
+    "lstm_block"    pre-norm residual block whose mixer is the cell, then a gated feed-forward part:
+                    the xLSTM paper's "LSTM (Block)" (any name of `cells.CELLS` + "_block")
+    "xlstm[a:b]"    a mLSTM blocks for b sLSTM blocks, repeated to num_layers (arXiv:2405.04517, section 2.4)
+    "transformer"   pre-norm attention with rotary positions and SwiGLU, Llama's design (arXiv:2302.13971)
+"""
+
+import difflib
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .. import cells
+from ..attention import Attention
+from ..blocks import Block, MLSTMLayer, SLSTMLayer, Stack
+from ..layers import GatedFeedForward, round_up
+
+BACKBONES = [*cells.CELLS, *(f"{name}_block" for name in cells.CELLS), "xlstm[1:0]", "xlstm[0:1]", "xlstm[1:1]", "transformer"]
+
+
+def backbone(
+    name: str,
+    dim: int,
+    num_layers: int,
+    *,
+    dropout: float = 0.0,
+    dtype: jnp.dtype | None = None,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+    **options,
+) -> Stack:
+    """The stack `name` of width `dim`; options go to its cell or mixer, and `sequence` of xLSTM's to both kinds."""
+    if dim < 1 or num_layers < 1:
+        raise ValueError(f"dim and num_layers must be at least 1, not {dim} and {num_layers}")
+    shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    exact_gelu = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731 (the published feed-forward uses erf)
+
+    def norm(epsilon=1e-5):
+        return nnx.LayerNorm(dim, epsilon=epsilon, use_bias=False, **shared)
+
+    def gated(factor, activation):
+        return GatedFeedForward(dim, round_up(factor * dim), activation=activation, num_blocks=num_layers, **shared)
+
+    if ratio := re.fullmatch(r"xlstm\[(\d+):(\d+)\]", name):
+        group = ("mlstm",) * int(ratio[1]) + ("slstm",) * int(ratio[2])
+        if not group or num_layers % len(group):
+            raise ValueError(f"num_layers={num_layers} must be a multiple of the {len(group)} blocks of {name}")
+        pattern = group * (num_layers // len(group))
+        slstm_only = {"slstm_conv_width", "recurrent_init"} & set(options)
+        slstm_options = {n.removeprefix("slstm_"): options.pop(n) for n in slstm_only}
+
+        def make(index):
+            if pattern[index] == "mlstm":
+                mixer = MLSTMLayer(dim, num_blocks=num_layers, **options, **shared)
+                return Block(mixer, norm=norm(), dropout=dropout)
+            mixer = SLSTMLayer(dim, block=index, num_blocks=num_layers, **options, **slstm_options, **shared)
+            return Block(mixer, norm=norm(), ffn=gated(1.3, exact_gelu), ffn_norm=norm(), dropout=dropout)
+
+    elif name == "transformer":
+        pattern = ("transformer",) * num_layers
+
+        def make(index):
+            mixer = Attention(dim, num_blocks=num_layers, **options, **shared)
+            rms = [nnx.RMSNorm(dim, epsilon=1e-6, **shared) for _ in range(2)]
+            return Block(mixer, norm=rms[0], ffn=gated(8 / 3, jax.nn.silu), ffn_norm=rms[1], dropout=dropout)
+
+    elif (kind := name.removesuffix("_block")) in cells.CELLS:
+        pattern = (name,) * num_layers
+        in_block = name != kind
+
+        def make(index):
+            mixer = cells.CELLS[kind](dim, dim, **options, **shared)
+            if not in_block:
+                return Block(mixer, residual=False, dropout=dropout)
+            return Block(mixer, norm=norm(), ffn=gated(1.3, exact_gelu), ffn_norm=norm(), dropout=dropout)
+
+    else:
+        near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.3)
+        raise ValueError(f"unknown backbone {name!r}; did you mean {near}? There are {BACKBONES} (any a:b in xlstm[a:b])")
+    return Stack(make, pattern)

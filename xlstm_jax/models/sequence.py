@@ -1,0 +1,96 @@
+"""Sequence models for tasks: one answer a step (`Tagger`) or one a sequence (`Classifier`)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ..cells.base import Cell
+from ..layers import dropout, small_init
+from .backbone import backbone as make_backbone
+
+
+class Tagger(Cell):
+    """Embedding, backbone, norm, linear head: tokens (B, T) to logits (B, T, num_classes)."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        num_classes: int,
+        *,
+        backbone: str,
+        dim: int,
+        num_layers: int,
+        dropout: float = 0.0,
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        **options,
+    ):
+        """options: of the backbone's cell or mixer."""
+        self.vocab_size, self.num_classes, self.dropout = vocab_size, num_classes, dropout
+        shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.embedding = nnx.Embed(vocab_size, dim, embedding_init=small_init(dim), **shared)
+        self.backbone = make_backbone(backbone, dim, num_layers, dropout=dropout, **shared, **options)
+        self.norm = nnx.LayerNorm(dim, epsilon=1e-5, use_bias=False, **shared)
+        self.head = nnx.Linear(dim, num_classes, use_bias=False, kernel_init=small_init(dim), **shared)
+
+    def initial_state(self, batch_size: int) -> Any:
+        """The backbone's."""
+        return self.backbone.initial_state(batch_size)
+
+    def features(self, tokens, state, mask, reset, key) -> tuple[Float[Array, "B T D"], Any]:
+        """What the head reads."""
+        if tokens.ndim != 2 or tokens.shape[1] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers (B, T) with T at least 1, not {tokens.dtype} {tokens.shape}")
+        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+        xs = dropout(self.embedding(tokens), self.dropout, keys[0])
+        xs, state = self.backbone(xs, state, mask, reset, key=keys[1])
+        return dropout(self.norm(xs), self.dropout, keys[2]), state
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        state: Any = None,
+        mask: Bool[Array, "B T"] | None = None,
+        reset: Bool[Array, "B T"] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T C"], Any]:
+        """tokens (B, T) to float32 (or wider) logits, zero where masked, and the last state."""
+        xs, state = self.features(tokens, state, mask, reset, key)
+        logits = self.logits(xs)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return (logits if mask is None else jnp.where(mask[..., None], logits, 0)), state
+
+    def logits(self, xs: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
+        """The head."""
+        return self.head(xs)
+
+
+class Classifier(Tagger):
+    """One answer a sequence, from its last valid step (`pool="last"`) or the mean of its valid steps (`"mean"`)."""
+
+    def __init__(self, vocab_size: int, num_classes: int, *, pool: str = "last", **options):
+        super().__init__(vocab_size, num_classes, **options)
+        if pool not in ("last", "mean"):
+            raise ValueError(f"pool must be 'last' or 'mean', not {pool!r}")
+        self.pool = pool
+
+    def __call__(self, tokens, state=None, mask=None, reset=None, *, key=None):
+        """tokens (B, T) to logits (B, num_classes) and the last state; a row without a valid step has zero features."""
+        xs, state = self.features(tokens, state, mask, reset, key)
+        valid = jnp.ones(tokens.shape, bool) if mask is None else mask
+        if self.pool == "last":
+            last = jnp.max(jnp.where(valid, jnp.arange(tokens.shape[1])[None], -1), axis=1)
+            weights = jax.nn.one_hot(last, tokens.shape[1], dtype=xs.dtype)
+        else:
+            weights = valid / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
+        logits = self.logits(jnp.einsum("btd,bt->bd", xs, weights.astype(xs.dtype)))
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), state
+
+    def step(self, token, state, reset=None):
+        """The answer is that of a whole sequence, so there is no step."""
+        raise TypeError("a Classifier answers once a sequence and has no step")

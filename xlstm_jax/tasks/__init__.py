@@ -1,0 +1,44 @@
+"""Tasks by name: `make("parity", train_lengths=(3, 40))`."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from xlstm_jax.tasks.byte_lm import ByteLM
+from xlstm_jax.tasks.cycle_navigation import CycleNavigation
+from xlstm_jax.tasks.even_pairs import EvenPairs
+from xlstm_jax.tasks.modular_arithmetic import ModularArithmetic
+from xlstm_jax.tasks.parity import Parity
+from xlstm_jax.tasks.task import SPLITS, Batch, check
+
+__all__ = ["SPLITS", "TASKS", "Batch", "check", "make"]
+
+TASKS = {
+    "parity": Parity,
+    "even_pairs": EvenPairs,
+    "cycle_navigation": CycleNavigation,
+    "modular_arithmetic": ModularArithmetic,
+    "byte_lm": ByteLM,
+}
+
+
+def make(name: str, **options: Any) -> Any:
+    """The task called `name`; options are the fields of its class."""
+    if name not in TASKS:
+        nearest = difflib.get_close_matches(str(name), TASKS, n=3) or sorted(TASKS)
+        raise ValueError(f"unknown task {name!r}: did you mean {' or '.join(nearest)}?")
+    defaults = {field.name: field.default for field in dataclasses.fields(TASKS[name]) if field.init}
+    options = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
+    for option, value in options.items():
+        if option not in defaults:
+            raise ValueError(f"task {name} has no option {option!r}: valid options are {', '.join(defaults)}")
+        if not _same_type(value, defaults[option]):
+            raise ValueError(f"task {name}: {option} must be of the kind of {defaults[option]!r}, not {value!r}")
+    return TASKS[name](**options)
+
+
+def _same_type(value, default):
+    """True where a value has the type of the default, for tuples item by item."""
+    if type(default) is tuple:
+        return type(value) is tuple and len(value) == len(default) and all(map(_same_type, value, default))
+    return type(value) is type(default)
