@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from .cells.base import Cell, check_inputs
+from .cells.base import Cell, check_inputs, masked
 from .layers import small_init, wang_init
 
 
@@ -60,7 +60,7 @@ class Attention(Cell):
         mask: Bool[Array, "B T"] | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
-        """xs (B, T, D) to outputs (B, T, D) and the cache; its quadratic cost is T (T + context), T^2 without a state."""
+        """xs (B, T, D) to outputs (B, T, D) and the cache; cost T (T + context), T^2 without a state."""
         check_inputs(xs, self.features, state, AttentionState, mask, reset)
         B, T, D = xs.shape
         cached = state is not None
@@ -83,7 +83,7 @@ class Attention(Cell):
         own = jnp.arange(T)[:, None] == jnp.arange(k_all.shape[1] - start)[None] - (k_all.shape[1] - start - T)
         allowed = allowed | own[None]  # a masked step sees itself alone, so that its softmax is defined
         y = jax.nn.dot_product_attention(q, k_all[:, start:], v_all[:, start:], mask=allowed[:, None])
-        y = self.out(y.reshape(B, T, D).astype(xs.dtype))
+        y = masked(self.out(y.reshape(B, T, D).astype(xs.dtype)), mask)
 
         keep = jnp.argsort(segment_all >= 0, axis=1, stable=True)[:, -self.context :]  # the newest valid, in order
         take = lambda a: jnp.take_along_axis(a, keep.reshape(keep.shape + (1,) * (a.ndim - 2)), axis=1)  # noqa: E731

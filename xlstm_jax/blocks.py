@@ -1,9 +1,9 @@
 """Residual blocks and their stack, under the contract of a cell (`key` is for dropout; without one nothing is dropped).
 
-    Block        x + mixer(norm(x)), then x + ffn(norm(x)) if there is one
-    MLSTMLayer   the pre-up-projection mixer of the xLSTM paper (arXiv:2405.04517, Fig. 11)
-    SLSTMLayer   the mixer of its post-up-projection block (Fig. 10)
-    Stack        blocks one after another, the repeating part stacked and scanned
+Block        x + mixer(norm(x)), then x + ffn(norm(x)) if there is one
+MLSTMLayer   the pre-up-projection mixer of the xLSTM paper (arXiv:2405.04517, Fig. 11)
+SLSTMLayer   the mixer of its post-up-projection block (Fig. 10)
+Stack        blocks one after another, the repeating part stacked and scanned
 """
 
 from collections.abc import Callable
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
-from .cells.base import Cell, check_inputs
+from .cells.base import Cell, Initializer, check_inputs, initializer, masked, per_gate
 from .cells.mlstm import gate, linspace_bias
 from .cells.slstm import SLSTMState, powerlaw_forget_bias, slstm_rule
 from .kernels import mlstm as mlstm_kernel
@@ -59,7 +60,7 @@ class Block(Cell):
         xs = xs + y if self.residual else y
         if self.ffn is not None:
             xs = xs + dropout(self.ffn(self.ffn_norm(xs)), self.dropout, keys[1])
-        return (xs if mask is None else jnp.where(mask[..., None], xs, 0)), state
+        return masked(xs, mask), state
 
 
 class MLSTMLayerState(NamedTuple):
@@ -85,8 +86,8 @@ class MLSTMLayer(Cell):
         num_blocks: int = 1,
         form: str = "chunkwise",
         chunk_size: int = 64,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """num_blocks: blocks in the whole model, for the initial scale of `down`."""
@@ -105,9 +106,7 @@ class MLSTMLayer(Cell):
         self.f = gate(3 * inner, num_heads, linspace_bias(3.0, 6.0), param_dtype, rngs)
         self.norm = HeadNorm(inner, num_heads, param_dtype=param_dtype)
         self.skip = nnx.Param(jnp.ones(inner, param_dtype))
-        self.down = nnx.Linear(
-            inner, features, use_bias=False, kernel_init=wang_init(features, num_blocks), **shared
-        )
+        self.down = nnx.Linear(inner, features, use_bias=False, kernel_init=wang_init(features, num_blocks), **shared)
 
     def initial_state(self, batch_size: int) -> MLSTMLayerState:
         """Empty memory and convolution window."""
@@ -137,7 +136,7 @@ class MLSTMLayer(Cell):
             q, k, v, self.i(gates), self.f(gates), memory, mask=mask, reset=reset, **self.options
         )
         h = self.norm(h.reshape(B, T, -1)) + self.skip[...].astype(c.dtype)[None, None] * c
-        return self.down(h * jax.nn.silu(z)), MLSTMLayerState(memory, window)
+        return masked(self.down(h * jax.nn.silu(z)), mask), MLSTMLayerState(memory, window)
 
 
 class SLSTMLayerState(NamedTuple):
@@ -159,11 +158,11 @@ class SLSTMLayer(Cell):
         conv_width: int = 4,
         block: int = 0,
         num_blocks: int = 1,
-        recurrent_init: Callable = jax.nn.initializers.zeros,
+        recurrent_init: Initializer | str = "zeros",
         form: str = "fused",
         chunk_size: int = 64,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """block of num_blocks: the place in the model, for the initial forget bias."""
@@ -177,10 +176,8 @@ class SLSTMLayer(Cell):
             HeadwiseLinear(features, num_heads, kernel_init=small_init(features), **shared) for _ in "ifzo"
         )
         E = features // num_heads
-        heads = jax.vmap(lambda key: recurrent_init(key, (E, 4 * E), param_dtype))(
-            jax.random.split(rngs.params(), num_heads)
-        )
-        self.R = nnx.Param(heads.reshape(num_heads, E, 4, E))
+        keys = jax.random.split(rngs.params(), num_heads)
+        self.R = nnx.Param(jnp.stack([per_gate(initializer(recurrent_init), k, (E, 4, E), param_dtype) for k in keys]))
         bias = powerlaw_forget_bias(features, num_heads, block, num_blocks)
         self.b = nnx.Param(jnp.zeros((4, features), param_dtype).at[1].set(bias.astype(param_dtype)))
         self.norm = HeadNorm(features, num_heads, param_dtype=param_dtype)
@@ -218,7 +215,7 @@ class SLSTMLayer(Cell):
             reset=reset,
             **self.options,
         )
-        return self.norm(ys).astype(dtype), SLSTMLayerState(cell, window)
+        return masked(self.norm(ys).astype(dtype), mask), SLSTMLayerState(cell, window)
 
 
 class Stack(Cell):

@@ -1,6 +1,7 @@
 """Checkpoints: any pytree of arrays, saved asynchronously by orbax, restored into the sharding of a given state."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -56,7 +57,9 @@ class Checkpoints:
             raise ValueError(
                 f"checkpoint {self._folder / str(step)} has no {missing[0]} of shape {named[missing[0]].shape}"
             )
-        restored = self._manager.restore(step, args=ocp.args.StandardRestore())
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices it was saved from
+        abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in saved.items()}
+        restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in named])
 
     def close(self) -> None:
@@ -71,7 +74,7 @@ class Checkpoints:
         self.close()
 
 
-def _named(tree: PyTree) -> dict[str, jax.Array]:
+def _named(tree: PyTree) -> dict[str, Any]:
     """The leaves by dotted name, in tree order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator=".").replace(".value", ""): x for path, x in leaves}

@@ -55,7 +55,7 @@ def _batch_sums(params, arrays, carry, seed, step, *, graphdef, shell, split, ba
     nll, correct = token_scores(logits, batch.targets)
     weights = batch.weights.astype(nll.dtype)
     sums = {
-        "nll": jnp.sum(jnp.where(weights > 0, nll, 0) * weights),
+        "nll": jnp.sum(jnp.where(weights != 0, nll, 0) * weights),
         "correct": jnp.sum(correct * weights),
         "weight": jnp.sum(weights),
     }

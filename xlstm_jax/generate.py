@@ -24,6 +24,8 @@ def sample(
 def _generate(params, prompt, key, temperature, *, graphdef, length, top_k):
     model = nnx.merge(graphdef, params)
     logits, state = model(prompt)
+    if top_k > logits.shape[-1]:
+        raise ValueError(f"top_k is {top_k}: there are {logits.shape[-1]} tokens")
 
     def step(loop, key):
         logits, state = loop

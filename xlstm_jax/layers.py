@@ -1,4 +1,4 @@
-"""Layers that blocks are made of: initialisers, dropout, head-wise norm and projection, causal convolution, feed-forward."""
+"""Layers that blocks are made of: initialisers, dropout, head-wise norm and projection, causal conv, feed-forward."""
 
 import math
 
@@ -59,7 +59,7 @@ class HeadwiseLinear(nnx.Module):
 
 
 class CausalConv(nnx.Module):
-    """Depthwise convolution over the last `width` valid steps of the same sequence: kernel (width, D), oldest tap first.
+    """Depthwise convolution over the last `width` valid steps of a sequence: kernel (width, D), oldest tap first.
 
     A False mask takes a step out of the window as if it were not there; a reset empties the window.
     The state is the last width - 1 valid inputs, oldest first.
@@ -107,7 +107,9 @@ class CausalConv(nnx.Module):
             state = window[:, T:]
         else:
             ys = jnp.take_along_axis(ys, place[..., None], axis=1)
-            last = mask.sum(axis=1)[:, None] + jnp.arange(W)[None]  # the W entries of the window that end at the last valid step
+            last = (
+                mask.sum(axis=1)[:, None] + jnp.arange(W)[None]
+            )  # the W entries of the window that end at the last valid step
             state = jnp.take_along_axis(window, last[..., None], axis=1)
             segment = None if segment is None else jnp.take_along_axis(segment, last, axis=1)
         if segment is not None:

@@ -61,7 +61,7 @@ def loss_and_accuracy(model, batch, carry, key) -> tuple[Float[Array, ""], tuple
     weights = batch.weights.astype(nll.dtype)
     total = jnp.sum(weights)
     weights = weights / jnp.where(total > 0, total, 1)
-    loss = jnp.sum(jnp.where(weights > 0, nll, 0) * weights)
+    loss = jnp.sum(jnp.where(weights != 0, nll, 0) * weights)
     return loss, (jnp.sum(correct * weights), carry)
 
 

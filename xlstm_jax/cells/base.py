@@ -5,18 +5,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from ..kernels.recurrent import recurrent
 
 Initializer = jax.nn.initializers.Initializer
+INITIALIZERS = {
+    "glorot": jax.nn.initializers.glorot_uniform(),
+    "lecun": jax.nn.initializers.lecun_normal(),
+    "orthogonal": jax.nn.initializers.orthogonal(),
+    "zeros": jax.nn.initializers.zeros,
+}
+
+
+def initializer(init: Initializer | str) -> Initializer:
+    """An initialiser by name, or the function as it is."""
+    if isinstance(init, str) and init not in INITIALIZERS:
+        raise ValueError(f"unknown initialiser {init!r}; there are {sorted(INITIALIZERS)}")
+    return INITIALIZERS[init] if isinstance(init, str) else init
 
 
 class Cell(nnx.Module):
     """One step of any layer is the sequence of one step; a subclass has `initial_state` and `__call__`."""
 
-    def step(self, x: Float[Array, "B D_in"], state: Any, reset: Bool[Array, " B"] | None = None) -> tuple[Array, Any]:
-        """x (B, D_in) and the state to y (B, D) and the next state; a row whose `reset` is True starts empty."""
+    def step(self, x: Array, state: Any, reset: Bool[Array, " B"] | None = None) -> tuple[Array, Any]:
+        """x (B, D_in), or tokens (B,), and the state to y (B, D) and the next state; a row whose `reset` is True starts empty."""
         ys, state = self(x[:, None], state, reset=None if reset is None else reset[:, None])
         return ys[:, 0], state
 
@@ -37,10 +51,10 @@ class RecurrentCell(Cell):
         *,
         num_heads: int = 1,
         use_bias: bool = True,
-        kernel_init: Initializer = jax.nn.initializers.glorot_uniform(),
-        recurrent_init: Initializer = jax.nn.initializers.orthogonal(),
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        kernel_init: Initializer | str = "glorot",
+        recurrent_init: Initializer | str = "orthogonal",
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         form: str = "fused",
         chunk_size: int = 64,
         remat: bool = False,
@@ -54,9 +68,12 @@ class RecurrentCell(Cell):
         self.form, self.chunk_size, self.remat = form, chunk_size, remat
         G, E = len(self.gates), features // num_heads
         key = rngs.params()
-        self.W = nnx.Param(per_gate(kernel_init, jax.random.fold_in(key, 0), (in_features, G, features), param_dtype))
+        self.W = nnx.Param(
+            per_gate(initializer(kernel_init), jax.random.fold_in(key, 0), (in_features, G, features), param_dtype)
+        )
         heads = [
-            per_gate(recurrent_init, jax.random.fold_in(key, 1 + n), (E, G, E), param_dtype) for n in range(num_heads)
+            per_gate(initializer(recurrent_init), jax.random.fold_in(key, 1 + n), (E, G, E), param_dtype)
+            for n in range(num_heads)
         ]
         self.R = nnx.Param(jnp.stack(heads))
         self.b = nnx.Param(jnp.zeros((G, features), param_dtype)) if use_bias else None
@@ -97,10 +114,15 @@ class RecurrentCell(Cell):
         return ys.astype(dtype), state
 
 
-def per_gate(init: Initializer, key: Key[Array, ""], shape: tuple[int, int, int], dtype: jnp.dtype) -> Array:
+def per_gate(init: Initializer, key: Key[Array, ""], shape: tuple[int, int, int], dtype: DTypeLike) -> Array:
     """(D_in, G, D) with each gate's matrix drawn on its own."""
     D_in, G, D = shape
     return jnp.stack([init(k, (D_in, D), dtype) for k in jax.random.split(key, G)], axis=1)
+
+
+def masked(ys: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
+    """Zeros where the mask is False."""
+    return ys if mask is None else jnp.where(mask[..., None], ys, 0)
 
 
 def check_inputs(xs: Any, in_features: int, state: Any, state_type: type | None, mask: Any, reset: Any) -> None:

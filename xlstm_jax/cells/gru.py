@@ -1,7 +1,7 @@
 """GRU (Cho et al. 2014) with the reset gate after the recurrent product, as in cuDNN and torch.
 
-    r, z = sigmoid(W x_t + R h_{t-1} + b);   n = tanh(W_n x_t + b_n + r (R_n h_{t-1} + b_hn))
-    h_t = (1 - z) n + z h_{t-1}
+r, z = sigmoid(W x_t + R h_{t-1} + b);   n = tanh(W_n x_t + b_n + r (R_n h_{t-1} + b_hn))
+h_t = (1 - z) n + z h_{t-1}
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """LSTM (Hochreiter and Schmidhuber 1997; forget gate: Gers, Schmidhuber and Cummins 2000).
 
-    i, f, o = sigmoid(W x_t + R h_{t-1} + b);   z = tanh(...)
-    c_t = f c_{t-1} + i z;                      h_t = o tanh(c_t)
+i, f, o = sigmoid(W x_t + R h_{t-1} + b);   z = tanh(...)
+c_t = f c_{t-1} + i z;                      h_t = o tanh(c_t)
 """
 
 from typing import NamedTuple

@@ -8,11 +8,12 @@ The recurrence itself, in three forms, is `kernels.mlstm`.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ..kernels import mlstm as kernel
 from ..kernels.mlstm import MLSTMState
-from .base import Cell, Initializer, check_inputs
+from .base import Cell, Initializer, check_inputs, initializer
 
 
 def linspace_bias(start: float, stop: float) -> Initializer:
@@ -32,9 +33,9 @@ class MLSTM(Cell):
         qk_features: int | None = None,
         input_gate: str = "exp",
         normalize: bool = True,
-        kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        kernel_init: Initializer | str = "lecun",
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         form: str = "chunkwise",
         chunk_size: int = 64,
         rngs: nnx.Rngs,
@@ -42,11 +43,19 @@ class MLSTM(Cell):
         qk_features = qk_features or features
         if num_heads < 1 or features % num_heads or qk_features % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide features={features} and qk_features={qk_features}")
-        self.in_features, self.features, self.num_heads, self.qk_features = in_features, features, num_heads, qk_features
+        self.in_features, self.features, self.num_heads, self.qk_features = (
+            in_features,
+            features,
+            num_heads,
+            qk_features,
+        )
         self.dtype, self.param_dtype = dtype, param_dtype
         self.options = dict(form=form, chunk_size=chunk_size, input_gate=input_gate, normalize=normalize)
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.qkv = nnx.Linear(in_features, 2 * qk_features + features, use_bias=False, kernel_init=kernel_init, **shared)
+        kernel_init = initializer(kernel_init)
+        self.qkv = nnx.Linear(
+            in_features, 2 * qk_features + features, use_bias=False, kernel_init=kernel_init, **shared
+        )
         self.o = nnx.Linear(in_features, features, kernel_init=kernel_init, **shared)
         self.i = gate(in_features, num_heads, jax.nn.initializers.normal(0.1), param_dtype, rngs)
         self.f = gate(in_features, num_heads, linspace_bias(3.0, 6.0), param_dtype, rngs)
@@ -74,7 +83,9 @@ class MLSTM(Cell):
         return jax.nn.sigmoid(self.o(xs)) * h.reshape(B, T, self.features), state
 
 
-def gate(in_features: int, num_heads: int, bias_init: Initializer, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def gate(
+    in_features: int, num_heads: int, bias_init: Initializer, param_dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Linear:
     """A gate's pre-activation, one a head, in float32 or wider; it starts from its bias alone."""
     dtype = jnp.promote_types(param_dtype, jnp.float32)
     zeros = jax.nn.initializers.zeros

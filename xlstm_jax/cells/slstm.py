@@ -1,9 +1,9 @@
 """sLSTM: scalar memory, exponential input gate, memory mixing by head (Beck et al. 2024, arXiv:2405.04517, eqs. 8-18).
 
-    i~, f~, z~, o~ = W x_t + R h_{t-1} + b
-    m_t = max(log sigmoid(f~) + m_{t-1}, i~)      (i~ where n_{t-1} = 0: nothing is stored yet)
-    i = exp(i~ - m_t);   f = exp(log sigmoid(f~) + m_{t-1} - m_t)
-    c_t = f c_{t-1} + i tanh(z~);   n_t = f n_{t-1} + i;   h_t = sigmoid(o~) c_t / n_t
+i~, f~, z~, o~ = W x_t + R h_{t-1} + b
+m_t = max(log sigmoid(f~) + m_{t-1}, i~)      (i~ where n_{t-1} = 0: nothing is stored yet)
+i = exp(i~ - m_t);   f = exp(log sigmoid(f~) + m_{t-1} - m_t)
+c_t = f c_{t-1} + i tanh(z~);   n_t = f n_{t-1} + i;   h_t = sigmoid(o~) c_t / n_t
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .base import RecurrentCell
+from .base import Initializer, RecurrentCell
 
 
 class SLSTMState(NamedTuple):
@@ -35,8 +35,8 @@ def slstm_rule(x, r, state, params):
     return SLSTMState(c, n, m, h), h
 
 
-def powerlaw_forget_bias(features: int, num_heads: int, block: float = 0.0, num_blocks: int = 1) -> Float[Array, " D"]:
-    """b[j] = 5 - 12 (j / (E - 1))^p within each head of width E, p = 0.3 + 1.3 block / (num_blocks - 1): from 5 to -7."""
+def powerlaw_forget_bias(features: int, num_heads: int, block: int = 0, num_blocks: int = 1) -> Float[Array, " D"]:
+    """5 - 12 (j / (E - 1))^p, p = 0.3 + 1.3 block / (num_blocks - 1), for unit j of a head of width E: from 5 to -7."""
     E = features // num_heads
     p = 0.3 + 1.3 * block / max(num_blocks - 1, 1)
     return jnp.tile(5 - 12 * (jnp.arange(E) / max(E - 1, 1)) ** p, num_heads)
@@ -55,7 +55,7 @@ class SLSTM(RecurrentCell):
         num_heads: int = 4,
         block: int = 0,
         num_blocks: int = 1,
-        recurrent_init=jax.nn.initializers.zeros,
+        recurrent_init: Initializer | str = "zeros",
         **options,
     ):
         super().__init__(in_features, features, num_heads=num_heads, recurrent_init=recurrent_init, **options)

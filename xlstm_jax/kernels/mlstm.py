@@ -121,21 +121,21 @@ def _recurrent(inputs, state, chunk_size, options):
 
 
 def _chunk(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
-    """All steps of one chunk at once. F is the running sum of log f, D[t, j] = F_t - F_j + log i_j the log weight
-    of step j at step t, and base_t the log weight of the memory before the chunk (or of the empty one after a reset)."""
+    """All steps of one chunk at once. F is the running sum of log f of its sequence, D[t, j] = F_t - F_j + log i_j the log weight
+    of step j at step t, base_t the log weight of the memory before the chunk (or of the empty one after a reset)."""
     q, k, v, log_i, log_f, reset = inputs  # (B, H, L, .), (B, H, L), (B, L)
     C, n, m = state
     L = q.shape[2]
-    F = jnp.cumsum(log_f, axis=-1)
     allowed = jnp.tril(jnp.ones((L, L), bool))[None, None]
-    base = F + m[..., None]
-    if reset is not None:
+    if reset is None:
+        F = jnp.cumsum(log_f, axis=-1)
+        base = F + m[..., None]
+    else:  # sums that never leave their own sequence, so that nothing before a reset is in them, exactly
         segment = jnp.cumsum(reset, axis=-1)
         allowed = allowed & (segment[:, None, :, None] == segment[:, None, None, :])
-        last_reset = jax.lax.cummax(jnp.where(reset, jnp.arange(L)[None], -1), axis=1)
-        before = jnp.take_along_axis(F - log_f, jnp.maximum(last_reset, 0)[:, None], axis=-1)
         carried = (segment == 0)[:, None]
-        base = jnp.where(carried, base, F - before)
+        F = jnp.where(allowed, log_f[..., None, :], 0).sum(axis=-1)
+        base = F + jnp.where(carried, m[..., None], 0)
     D = jnp.where(allowed, F[..., :, None] - F[..., None, :] + log_i[..., None, :], -jnp.inf)
     m_all = jnp.maximum(base, D.max(axis=-1)) if stabilise else jnp.broadcast_to(m[..., None], base.shape)
     old = jnp.exp(base - m_all)  # weight of the carried memory at each step

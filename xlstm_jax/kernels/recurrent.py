@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 State = Any  # a NamedTuple of arrays (B, ...) with a field h
@@ -27,7 +28,7 @@ Rule = Callable[[Array, Array, State, Any], tuple[State, Array]]
 
 
 class Weights(NamedTuple):
-    """R (N, D/N, G, D/N) by head; W (D_in, G, D) or None: the inputs are gates already; b (G, D) or None; params: the rule's own."""
+    """R (N, D/N, G, D/N) by head; W (D_in, G, D), or None if the inputs are gates; b (G, D) or None; the rule's own."""
 
     R: Array
     W: Array | None
@@ -73,7 +74,7 @@ def recurrent(
     return jnp.swapaxes(ys, 0, 1), state
 
 
-def project(xs: Float[Array, "B T ..."], weights: Weights, dtype: jnp.dtype) -> Float[Array, "T B G D"]:
+def project(xs: Float[Array, "B T ..."], weights: Weights, dtype: DTypeLike) -> Float[Array, "T B G D"]:
     """The input's share of all gates of all steps, one product, time-major."""
     if weights.W is None:
         x = jnp.swapaxes(xs, 0, 1).astype(dtype)
@@ -85,6 +86,8 @@ def project(xs: Float[Array, "B T ..."], weights: Weights, dtype: jnp.dtype) -> 
 def recurrent_product(h: Float[Array, "*M D"], R: Float[Array, "N E G E"]) -> Float[Array, "*M G D"]:
     """h R, block-diagonal over the N heads: in R's dtype, summed in h's."""
     (N, E, G, F), lead = R.shape, h.shape[:-1]
+    if N == 1:
+        return jnp.matmul(h.astype(R.dtype), R.reshape(E, G * F), preferred_element_type=h.dtype).reshape(*lead, G, F)
     h_heads = h.astype(R.dtype).reshape(*lead, N, E)
     r = jnp.einsum("...ne,negf->...gnf", h_heads, R, preferred_element_type=h.dtype)
     return r.reshape(*lead, G, N * F)
@@ -133,8 +136,9 @@ def _fused(rule, chunk_size, remat, reverse, xs, weights, state, masks):
     bounds = [(0, T - T % L), (T - T % L, T)] if T % L else [(0, T)]
     pieces = []
     for start, stop in reversed(bounds) if reverse else bounds:
-        run = partial(_chunks, rule, min(L, stop - start), remat, reverse)
-        ys, state = run(xs[:, start:stop], weights, state, jax.tree.map(lambda flags: flags[start:stop], masks))
+        flags = Masks(*(None if f is None else f[start:stop] for f in masks))
+        length = min(L, stop - start)
+        ys, state = _chunks(rule, length, remat, reverse, xs[:, start:stop], weights, state, flags)
         pieces.append(ys)
     return jnp.concatenate(pieces[::-1] if reverse else pieces) if len(pieces) > 1 else pieces[0], state
 
@@ -199,21 +203,17 @@ def _chunks_backward(rule, L, remat, reverse, residuals, cotangents):
         before = emptied(flags.reset, before)
         r, pull_product = jax.vjp(recurrent_product, before.h, weights.R)  # all steps of the chunk at once
 
-        def linearise(x, r, state, mask):
-            return jax.vjp(lambda *args: masked_rule(rule, *args, mask), x, r, state, weights.params)[1]
-
-        pulls = jax.vmap(linearise)(x, r, before, flags.mask)
-
         def reverse_step(carry, inputs):
             d_state, d_params = carry
-            pull, d_y, reset = inputs
+            x, r, before, d_y, flags = inputs
+            _, pull = jax.vjp(lambda *args: masked_rule(rule, *args, flags.mask), x, r, before, weights.params)
             dx, dr, d_state, dp = pull((d_state, d_y))
             d_h = jax.linear_transpose(lambda h: recurrent_product(h, weights.R), d_state.h)(dr)[0]
-            d_state = emptied(reset, d_state._replace(h=d_state.h + d_h))
+            d_state = emptied(flags.reset, d_state._replace(h=d_state.h + d_h))
             return (d_state, jax.tree.map(jnp.add, d_params, dp)), (dx, dr)
 
         (d_state, d_params), (dx, dr) = jax.lax.scan(
-            reverse_step, (d_state, d_weights.params), (pulls, d_y, flags.reset), reverse=not reverse
+            reverse_step, (d_state, d_weights.params), (x, r, before, d_y, flags), reverse=not reverse
         )
         d_R = pull_product(dr)[1]
         d_x_in, d_projection = pull_projection(dx)

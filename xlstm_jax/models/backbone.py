@@ -1,10 +1,10 @@
 """Stacks of blocks by name: bare cells, residual blocks around any cell, xLSTM[a:b], and a causal Transformer.
 
-    "lstm"          cells one on another, as in torch's nn.LSTM (any name of `cells.CELLS`)
-    "lstm_block"    pre-norm residual block whose mixer is the cell, then a gated feed-forward part:
-                    the xLSTM paper's "LSTM (Block)" (any name of `cells.CELLS` + "_block")
-    "xlstm[a:b]"    a mLSTM blocks for b sLSTM blocks, repeated to num_layers (arXiv:2405.04517, section 2.4)
-    "transformer"   pre-norm attention with rotary positions and SwiGLU, Llama's design (arXiv:2302.13971)
+"lstm"          cells one on another, as in torch's nn.LSTM (any name of `cells.CELLS`)
+"lstm_block"    pre-norm residual block whose mixer is the cell, then a gated feed-forward part:
+                the xLSTM paper's "LSTM (Block)" (any name of `cells.CELLS` + "_block")
+"xlstm[a:b]"    a mLSTM blocks for b sLSTM blocks, repeated to num_layers (arXiv:2405.04517, section 2.4)
+"transformer"   pre-norm attention with rotary positions and SwiGLU, Llama's design (arXiv:2302.13971)
 """
 
 import difflib
@@ -13,13 +13,21 @@ import re
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from .. import cells
 from ..attention import Attention
 from ..blocks import Block, MLSTMLayer, SLSTMLayer, Stack
 from ..layers import GatedFeedForward, round_up
 
-BACKBONES = [*cells.CELLS, *(f"{name}_block" for name in cells.CELLS), "xlstm[1:0]", "xlstm[0:1]", "xlstm[1:1]", "transformer"]
+BACKBONES = [
+    *cells.CELLS,
+    *(f"{name}_block" for name in cells.CELLS),
+    "xlstm[1:0]",
+    "xlstm[0:1]",
+    "xlstm[1:1]",
+    "transformer",
+]
 
 
 def backbone(
@@ -28,8 +36,8 @@ def backbone(
     num_layers: int,
     *,
     dropout: float = 0.0,
-    dtype: jnp.dtype | None = None,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
     **options,
 ) -> Stack:
@@ -80,5 +88,5 @@ def backbone(
 
     else:
         near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.3)
-        raise ValueError(f"unknown backbone {name!r}; did you mean {near}? There are {BACKBONES} (any a:b in xlstm[a:b])")
+        raise ValueError(f"unknown backbone {name!r}; did you mean {near}? There are {BACKBONES} (any a:b of xlstm)")
     return Stack(make, pattern)

@@ -1,6 +1,5 @@
 """Language model: a Tagger whose classes are its own vocabulary, with tied or separate output weights."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .sequence import Tagger

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ..cells.base import Cell
+from ..cells.base import Cell, masked
 from ..layers import dropout, small_init
 from .backbone import backbone as make_backbone
 
@@ -24,8 +25,8 @@ class Tagger(Cell):
         dim: int,
         num_layers: int,
         dropout: float = 0.0,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         **options,
     ):
@@ -63,7 +64,7 @@ class Tagger(Cell):
         xs, state = self.features(tokens, state, mask, reset, key)
         logits = self.logits(xs)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return (logits if mask is None else jnp.where(mask[..., None], logits, 0)), state
+        return masked(logits, mask), state
 
     def logits(self, xs: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
         """The head."""
