@@ -82,7 +82,9 @@ class Attention(Cell):
         allowed = (segment_all[:, None, start:] == segment[:, :, None]) & (distance >= 0) & (distance < self.context)
         own = jnp.arange(T)[:, None] == jnp.arange(k_all.shape[1] - start)[None] - (k_all.shape[1] - start - T)
         allowed = allowed | own[None]  # a masked step sees itself alone, so that its softmax is defined
-        y = jax.nn.dot_product_attention(q, k_all[:, start:], v_all[:, start:], mask=allowed[:, None])
+        scores = jnp.einsum("bthk,bshk->bhts", q, k_all[:, start:]) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, -jnp.inf), axis=-1)
+        y = jnp.einsum("bhts,bshk->bthk", weights, v_all[:, start:])
         y = masked(self.out(y.reshape(B, T, D).astype(xs.dtype)), mask)
 
         keep = jnp.argsort(segment_all >= 0, axis=1, stable=True)[:, -self.context :]  # the newest valid, in order

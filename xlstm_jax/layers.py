@@ -54,6 +54,8 @@ class HeadwiseLinear(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dtype = self.dtype or x.dtype
         H, E, _ = self.kernel.shape
+        if H == 1:
+            return x.astype(dtype) @ self.kernel[0].astype(dtype)
         y = jnp.einsum("bthe,hef->bthf", x.astype(dtype).reshape(*x.shape[:-1], H, E), self.kernel[...].astype(dtype))
         return y.reshape(x.shape)
 

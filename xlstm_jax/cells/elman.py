@@ -13,7 +13,7 @@ class ElmanState(NamedTuple):
 
 
 def elman_rule(x, r, state, params):
-    h = jnp.tanh(x[:, 0] + r[:, 0])
+    h = jnp.tanh(x[0] + r[0])
     return ElmanState(h), h
 
 

@@ -19,8 +19,8 @@ class GRUState(NamedTuple):
 
 
 def gru_rule(x, r, state, params):
-    x_r, x_z, x_n = jnp.unstack(x, axis=1)
-    r_r, r_z, r_n = jnp.unstack(r, axis=1)
+    x_r, x_z, x_n = x
+    r_r, r_z, r_n = r
     if params:
         r_n = r_n + params[0][None]
     reset, z = sigmoid(x_r + r_r), sigmoid(x_z + r_z)

@@ -19,7 +19,7 @@ class LSTMState(NamedTuple):
 
 
 def lstm_rule(x, r, state, params):
-    i, f, z, o = jnp.unstack(x + r, axis=1)
+    i, f, z, o = (a + b for a, b in zip(x, r))
     c = sigmoid(f) * state.c + sigmoid(i) * jnp.tanh(z)
     h = sigmoid(o) * jnp.tanh(c)
     return LSTMState(c, h), h

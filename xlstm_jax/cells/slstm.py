@@ -25,7 +25,7 @@ class SLSTMState(NamedTuple):
 
 
 def slstm_rule(x, r, state, params):
-    i, f, z, o = jnp.unstack(x + r, axis=1)
+    i, f, z, o = (a + b for a, b in zip(x, r))
     log_f = jax.nn.log_sigmoid(f) + state.m
     m = jnp.where(state.n == 0, i, jnp.maximum(log_f, i))
     i, f = jnp.exp(jnp.minimum(i - m, 0)), jnp.exp(jnp.minimum(log_f - m, 0))

@@ -76,10 +76,13 @@ def recurrent(
 
 def project(xs: Float[Array, "B T ..."], weights: Weights, dtype: DTypeLike) -> Float[Array, "T B G D"]:
     """The input's share of all gates of all steps, one product, time-major."""
+    x = jnp.swapaxes(xs, 0, 1)  # before the product: the inputs are smaller than the gates
     if weights.W is None:
-        x = jnp.swapaxes(xs, 0, 1).astype(dtype)
+        x = x.astype(dtype)
     else:
-        x = jnp.einsum("btd,dge->tbge", xs, weights.W, preferred_element_type=dtype)
+        D_in, G, D = weights.W.shape
+        x = jnp.matmul(x.reshape(-1, D_in), weights.W.reshape(D_in, G * D), preferred_element_type=dtype)
+        x = x.reshape(xs.shape[1], xs.shape[0], G, D)
     return x if weights.b is None else x + weights.b[None, None].astype(dtype)
 
 
@@ -111,16 +114,16 @@ def masked_rule(rule: Rule, x: Array, r: Array, state: State, params: Any, mask:
     return select(mask, new, state), select(mask, y, jnp.zeros_like(y))
 
 
-def _step(rule: Rule, weights: Weights, state: State, x: Array, masks: Masks) -> tuple[State, Array]:
-    state = emptied(masks.reset, state)
+def _step(rule: Rule, weights: Weights, state: State, x: Array, mask: Array | None) -> tuple[Array, State, Array]:
+    """The recurrent share of the gates, the next state and the output."""
     r = recurrent_product(state.h, weights.R)
-    return masked_rule(rule, x, r, state, weights.params, masks.mask)
+    return r, *masked_rule(rule, jnp.unstack(x, axis=1), jnp.unstack(r, axis=1), state, weights.params, mask)
 
 
 def _scan(rule, chunk_size, remat, reverse, xs, weights, state, masks):
     def body(state, inputs):
-        x, masks = inputs
-        return _step(rule, weights, state, x, masks)
+        x, flags = inputs
+        return _step(rule, weights, emptied(flags.reset, state), x, flags.mask)[1:]
 
     if remat:
         body = jax.checkpoint(body)
@@ -155,23 +158,33 @@ def _chunk_inputs(n, L, xs, masks):
     return x, jax.tree.map(lambda flags: jax.lax.dynamic_slice_in_dim(flags, n * L, L), masks)
 
 
-def _run_chunk(rule, reverse, x, weights, state, masks, keep_states):
-    """One chunk forward from its projected inputs x (L, B, G, D); the states before each step, if asked for."""
+class Kept(NamedTuple):
+    """What the backward pass of a chunk reads: the state before each step and both shares of the gates."""
+
+    state: State
+    x: Array
+    r: Array
+
+
+def _run_chunk(rule, reverse, x, weights, state, masks, keep):
+    """One chunk forward from its projected inputs x (L, B, G, D), and what its backward pass needs, if asked for."""
 
     def body(state, inputs):
-        new, y = _step(rule, weights, state, *inputs)
-        return new, (y, state if keep_states else None)
+        x, flags = inputs
+        before = emptied(flags.reset, state)
+        r, state, y = _step(rule, weights, before, x, flags.mask)
+        return state, (y, (before, r) if keep else None)
 
-    state, (ys, before) = jax.lax.scan(body, state, (x, masks), reverse=reverse)
-    return state, ys, before
+    state, (ys, kept) = jax.lax.scan(body, state, (x, masks), reverse=reverse)
+    return state, ys, Kept(kept[0], x, kept[1]) if keep else None
 
 
 def _forward(rule, L, remat, reverse, xs, weights, state, masks, keep):
     def body(state, n):
         x, flags = _chunk_inputs(n, L, xs, masks)
         x = project(x, weights, state.h.dtype)
-        new, ys, before = _run_chunk(rule, reverse, x, weights, state, flags, keep and not remat)
-        return new, (ys, state if keep and remat else before)
+        new, ys, kept = _run_chunk(rule, reverse, x, weights, state, flags, keep and not remat)
+        return new, (ys, state if keep and remat else kept)
 
     state, (ys, kept) = jax.lax.scan(body, state, jnp.arange(xs.shape[1] // L), reverse=reverse)
     return ys.reshape(-1, *ys.shape[2:]), state, kept
@@ -195,26 +208,35 @@ def _chunks_backward(rule, L, remat, reverse, residuals, cotangents):
 
     def body(carry, inputs):
         d_state, d_weights = carry
-        n, d_y, before = inputs
+        n, d_y, kept = inputs
         x_in, flags = _chunk_inputs(n, L, xs, masks)
         x, pull_projection = jax.vjp(lambda x, w: project(x, w, d_state.h.dtype), x_in, weights)
         if remat:
-            _, _, before = _run_chunk(rule, reverse, x, weights, before, flags, keep_states=True)
-        before = emptied(flags.reset, before)
-        r, pull_product = jax.vjp(recurrent_product, before.h, weights.R)  # all steps of the chunk at once
+            _, _, kept = _run_chunk(rule, reverse, x, weights, kept, flags, keep=True)
+        _, pull_product = jax.vjp(recurrent_product, kept.state.h, weights.R)  # all steps of the chunk at once
+
+        def linearise(x, r, state, mask):
+            gates = jnp.unstack(x, axis=1), jnp.unstack(r, axis=1)
+            return jax.vjp(lambda *args: masked_rule(rule, *args, mask), *gates, state, weights.params)[1]
+
+        pulls = jax.lax.optimization_barrier(jax.vmap(linearise)(kept.x, kept.r, kept.state, flags.mask))
 
         def reverse_step(carry, inputs):
             d_state, d_params = carry
-            x, r, before, d_y, flags = inputs
-            _, pull = jax.vjp(lambda *args: masked_rule(rule, *args, flags.mask), x, r, before, weights.params)
+            pull, d_y, reset = inputs
             dx, dr, d_state, dp = pull((d_state, d_y))
+            same = all(a is b for a, b in zip(dx, dr))  # one array serves a rule that only adds the two
+            dx = jnp.stack(dx, axis=1)
+            dr = dx if same else jnp.stack(dr, axis=1)
             d_h = jax.linear_transpose(lambda h: recurrent_product(h, weights.R), d_state.h)(dr)[0]
-            d_state = emptied(flags.reset, d_state._replace(h=d_state.h + d_h))
-            return (d_state, jax.tree.map(jnp.add, d_params, dp)), (dx, dr)
+            d_state = emptied(reset, d_state._replace(h=d_state.h + d_h))
+            gates = (dx,) if same else (dx, dr)
+            return (d_state, jax.tree.map(jnp.add, d_params, dp)), gates
 
-        (d_state, d_params), (dx, dr) = jax.lax.scan(
-            reverse_step, (d_state, d_weights.params), (x, r, before, d_y, flags), reverse=not reverse
+        (d_state, d_params), gates = jax.lax.scan(
+            reverse_step, (d_state, d_weights.params), (pulls, d_y, flags.reset), reverse=not reverse
         )
+        dx, dr = gates[0], gates[-1]
         d_R = pull_product(dr)[1]
         d_x_in, d_projection = pull_projection(dx)
         d_projection = d_projection._replace(R=d_R, params=jax.tree.map(jnp.zeros_like, d_params))
