@@ -35,10 +35,10 @@ PRESETS = {
         seconds={"lstm": 90, "xlstm[1:1]": 90},
     ),
     "reduced": dict(
-        steps=6_000,
+        steps=3_000,
         batch_size=32,
         seq_len=128,
-        learning_rate=3e-3,
+        learning_rate=4e-3,
         weight_decay=0.05,
         dropout=0.2,
         models={

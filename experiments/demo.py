@@ -7,19 +7,20 @@ Interrupted, the same command goes on; finished, it prints what is there.
 """
 
 import argparse
+import json
+import math
 import os
 import sys
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments import launch, rows, sweep, table
-from experiments.planning import ROOT, Run, Sweep, load
-from experiments.train import build_model, build_task, fail, resolve
+from experiments import generate, launch, rows, sweep, table
+from experiments.planning import ROOT, Run, Sweep, load, validate
+from experiments.train import fail
 from xlstm_jax import metrics
 
 FORMAL = "configs/papers/xlstm_formal_languages.py"
@@ -52,6 +53,7 @@ def demo(workdir: Path, preset: str, workers: int, console: Console) -> int:
     formal, bible = (load(f"{ROOT / name}:{preset}") for name in (FORMAL, BIBLE))
     folders = workdir / "formal_languages", workdir / "bible"
     for each, folder in zip((formal, bible), folders):
+        validate(each)
         rows.prepare(folder, each)
     later = remaining(bible, folders[1], workers) + TABLE_SECONDS + WRITING_SECONDS
 
@@ -73,7 +75,7 @@ def demo(workdir: Path, preset: str, workers: int, console: Console) -> int:
     for run in bible.runs:
         if run.id in rows.read(folders[1]):
             console.rule(f"{run.overrides['model.backbone']} writes", characters="·")
-            for prompt, text in zip(PROMPTS, sample(bible, folders[1], run)):
+            for prompt, text in zip(PROMPTS, sample(folders[1], run)):
                 console.print(prompt, text, sep="", style="italic", markup=False, highlight=False)
     curves(bible, folders[1], known, workdir / "bible.png")
 
@@ -117,38 +119,18 @@ class Baselines:
         metrics.write_json(self._file, found)
 
     def values(self) -> dict[str, float]:
-        import json
-
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             self._thread.join()
         return json.loads(self._file.read_text())
 
 
-def sample(each: Sweep, folder: Path, run: Run) -> list[str]:
+def sample(folder: Path, run: Run) -> list[str]:
     """What the trained model writes after each of PROMPTS; drawn once and kept beside the run."""
     file = folder / "runs" / run.id / "sample.json"
-    if file.exists():
-        import json
-
-        return json.loads(file.read_text())
-    import jax
-    from flax import nnx
-
-    from xlstm_jax.checkpoint import Checkpoints
-    from xlstm_jax.generate import generate
-
-    plain = resolve(each.config(run))
-    graphdef, params = nnx.split(build_model(plain, build_task(plain), 0))
-    with Checkpoints(folder / "runs" / run.id / "checkpoints") as checkpoints:
-        params = checkpoints.restore_part(checkpoints.latest(), "params", params)
-    model = nnx.merge(graphdef, params)
-    texts = []
-    for prompt in PROMPTS:
-        tokens = np.frombuffer(prompt.encode(), np.uint8).astype(np.int32)[None]
-        drawn = generate(model, jax.numpy.asarray(tokens), LENGTH, jax.random.key(0), temperature=0.7)
-        texts.append(bytes(np.asarray(drawn[0], np.uint8)).decode("utf-8", "replace"))
-    metrics.write_json(file, texts)
-    return texts
+    if not file.exists():
+        model = generate.load(file.parent)
+        metrics.write_json(file, [generate.text(model, prompt, LENGTH, temperature=0.7)[0] for prompt in PROMPTS])
+    return json.loads(file.read_text())
 
 
 def curves(each: Sweep, folder: Path, known: dict[str, float], file: Path) -> None:
@@ -162,8 +144,9 @@ def curves(each: Sweep, folder: Path, known: dict[str, float], file: Path) -> No
     for run, colour in zip(each.runs, ("#24527a", "#c8471e", "#3b8a55")):
         lines = metrics.read(folder / "runs" / run.id / "metrics.jsonl")
         for split, style in (("train", dict(linewidth=0.8, alpha=0.6)), ("valid", dict(marker="o", markersize=4))):
-            points = [(line["step"], line["loss"] / np.log(2)) for line in lines if line["split"] == split]
-            axis.plot(*zip(*points), color=colour, label=f"{run.overrides['model.backbone']}, {split}", **style)
+            points = [(line["step"], line["loss"] / math.log(2)) for line in lines if line["split"] == split]
+            steps, bits = zip(*points) if points else ((), ())
+            axis.plot(steps, bits, color=colour, label=f"{run.overrides['model.backbone']}, {split}", **style)
     axis.axhline(known["xz"], color="#444444", linestyle="--", linewidth=1, label="xz -9e (test split)")
     axis.axhline(known["order0"], color="#444444", linestyle=":", linewidth=1, label="byte frequencies (test split)")
     axis.set(xlabel="step", ylabel="bits a byte", title="King James Bible, byte level")

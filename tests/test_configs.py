@@ -1,0 +1,119 @@
+"""Every config: builds with every argument, is locked, lists its runs; what a sweep may change and what not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import planning
+from experiments.table import expected
+from experiments.train import resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+ARGS = {
+    "configs/bible.py": ("", "demo", "reduced", "reduced,lstm", "demo,debug"),
+    "configs/papers/xlstm_formal_languages.py": ("", "demo", "reduced", "paper", "reduced,debug"),
+}
+FORMAL = str(ROOT / "configs/papers/xlstm_formal_languages.py")
+
+
+def test_every_config_is_listed():
+    found = {str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.py") if "def get_config" in p.read_text()}
+    assert found == set(ARGS)
+
+
+@pytest.mark.parametrize("file,arg", [(file, arg) for file, args in ARGS.items() for arg in args])
+def test_builds_is_locked_and_lists_distinct_runs(file, arg):
+    sweep = planning.load(f"{ROOT / file}:{arg}")
+    resolve(sweep.base)
+    assert sweep.base.is_locked
+    with pytest.raises(AttributeError):
+        sweep.base.stepz = 1
+    ids = [run.id for run in sweep.runs]
+    assert len(set(ids)) == len(ids) > 0
+    assert all(sweep.config(run).is_locked and sweep.expected_seconds(run) > 0 for run in sweep.runs)
+    assert expected(sweep.module.TABLE, sweep)
+
+
+@pytest.mark.parametrize("file", ARGS)
+def test_wrong_argument_names_the_valid_ones(file):
+    with pytest.raises(ValueError, match="demo.*reduced.*debug") as error:
+        planning.load(f"{ROOT / file}:dmeo")
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_of_the_table():
+    counts = {arg: len(planning.load(f"{FORMAL}:{arg}").runs) for arg in ("demo", "reduced", "paper")}
+    assert counts == {"demo": 6 * 3, "reduced": 6 * 4 * 3, "paper": 6 * 4 * 3 * 2}
+
+
+def test_paper_preset_is_the_papers_protocol():
+    config = planning.load(f"{FORMAL}:paper").base
+    assert (config.batch_size, config.steps, config.model.num_layers) == (256, 100_000, 2)
+    optimizer = config.optimizer
+    assert (optimizer.warmup_steps, optimizer.min_learning_rate, optimizer.weight_decay) == (10_000, 1e-5, 0.1)
+    assert optimizer.betas == (0.9, 0.99)
+
+
+def test_table_numbers_belong_to_its_rows_and_columns():
+    table = planning.load(FORMAL).module.TABLE
+    for source in (table["paper"], *table["references"]):
+        assert all(row in table["rows"] and column in table["columns"] for row, column in source["values"])
+
+
+@pytest.mark.parametrize("source", [FORMAL, str(ROOT / "configs/bible.py")])
+def test_every_run_is_accepted_by_models_tasks_and_optimiser(source):
+    planning.validate(planning.load(f"{source}:demo,debug"))
+
+
+def test_overrides_from_the_command_line():
+    sweep = planning.load(FORMAL, ["model.dim=32", "optimizer.weight_decay=0", "+model.num_heads=2"])
+    config = sweep.config(sweep.runs[0])
+    assert (config.model.dim, config.optimizer.weight_decay, config.model.num_heads) == (32, 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("model.dmi=3", "unknown field 'model.dmi'; nearest: model.dim"),
+        ("model.dim=wide", "model.dim='wide' is of type str"),
+        ("model.dim=1.5", "is of type float"),
+        ("model.dim", "expected --config.model.dim=VALUE"),
+    ],
+)
+def test_wrong_overrides(override, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")) as error:
+        planning.load(FORMAL, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_ids_are_readable_stable_and_follow_the_overrides():
+    overrides = {"task.name": "parity", "model.backbone": "xlstm[0:1]", "optimizer.learning_rate": 1e-3, "seed": 1}
+    name = planning.run_id(overrides)
+    assert name.startswith("parity-xlstm_0_1-learning_rate0.001-seed1-")
+    assert planning.run_id(json.loads(json.dumps(overrides))) == name
+    assert planning.run_id(overrides | {"+model.num_heads": 2}) != name
+
+
+def write_config(folder: Path, rows: str) -> str:
+    (folder / "c.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(arg=None): return ConfigDict({'steps': 1, 'model': {'dim': 8}}).lock()\n"
+        f"def sweep(arg=None): return {rows}\n"
+    )
+    return str(folder / "c.py")
+
+
+def test_sweeps_with_equal_runs_or_unknown_fields_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two runs share the id"):
+        planning.load(write_config(tmp_path, "[{'steps': 2}, {'steps': 2}]"))
+    with pytest.raises(ValueError, match=r"unknown field 'model\.dmi'; nearest: model\.dim"):
+        planning.load(write_config(tmp_path, "[{'model.dmi': 2}]"))
+
+
+def test_missing_files_and_functions_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no such Python file"):
+        planning.load(str(tmp_path / "absent.py"))
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match="no get_config"):
+        planning.load(str(tmp_path / "empty.py"))
