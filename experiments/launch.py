@@ -34,19 +34,20 @@ def inline(
     for number, run in enumerate(queue, start=1):
         with rows.claim(workdir, run) as mine:
             done = rows.read(workdir)
-            if not mine or run.id in done:
+            error_file = rows.error_file(workdir, run)
+            if not mine or run.id in done or (worker[1] > 1 and error_file.exists()):  # failed with another worker
                 continue
             left = [r for r in queue[number - 1 :] if r.id not in done]
             clock = clock_or_unknown(seconds_left(sweep, left, done))
             console.print(f"run {number} of {len(queue)}: {run.id} (sweep: {clock} left)", highlight=False)
             folder = workdir / "runs" / run.id
             folder.mkdir(parents=True, exist_ok=True)
-            rows.error_file(workdir, run).unlink(missing_ok=True)
+            error_file.unlink(missing_ok=True)
             start = time.monotonic()
             try:
                 result = run_one(sweep.config(run), folder, progress=progress)
             except Exception as error:
-                rows.error_file(workdir, run).write_text(traceback.format_exc())
+                error_file.write_text(traceback.format_exc())
                 console.print(f"  failed: {one_line(error)}", highlight=False, markup=False)
                 continue
             seconds = round(time.monotonic() - start, 3)
@@ -73,6 +74,8 @@ def local(
     if not missing:
         return
     (workdir / "logs").mkdir(exist_ok=True)
+    for run in missing:
+        rows.error_file(workdir, run).unlink(missing_ok=True)
     processes = []
     try:
         for index in range(workers):

@@ -187,6 +187,7 @@ def test_local_workers_share_the_runs(config, tmp_path, monkeypatch):
     launch.local(plan, workdir, command, workers=2, console=Console(file=out), title="sweep")
     logs = "".join(p.read_text() for p in (workdir / "logs").iterdir())
     assert len(rows.read(workdir)) == 3, logs
+    assert logs.count("failed: ValueError: no") == 1
     assert "runs done" in out.getvalue() and "left" in out.getvalue()
     assert [line.split()[0] for line in launch.failures(plan, workdir)] == ["failed"]
 

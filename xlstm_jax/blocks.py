@@ -95,7 +95,7 @@ class MLSTMLayer(Cell):
         if num_heads < 1 or inner % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide the inner width {inner}")
         self.features, self.inner, self.num_heads = features, inner, num_heads
-        self.options, self.param_dtype = dict(form=form, chunk_size=chunk_size), param_dtype
+        self.form, self.chunk_size, self.param_dtype = form, chunk_size, param_dtype
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.up = nnx.Linear(features, 2 * inner, use_bias=False, kernel_init=small_init(features), **shared)
         self.conv = CausalConv(inner, conv_width, **shared)
@@ -133,7 +133,16 @@ class MLSTMLayer(Cell):
         gates = jnp.concatenate(qkv, axis=-1)
         q, k, v = (x.reshape(B, T, self.num_heads, -1) for x in qkv)
         h, memory = mlstm_kernel.mlstm(
-            q, k, v, self.i(gates), self.f(gates), memory, mask=mask, reset=reset, **self.options
+            q,
+            k,
+            v,
+            self.i(gates),
+            self.f(gates),
+            memory,
+            form=self.form,
+            chunk_size=self.chunk_size,
+            mask=mask,
+            reset=reset,
         )
         h = self.norm(h.reshape(B, T, -1)) + self.skip[...].astype(c.dtype)[None, None] * c
         return masked(self.down(h * jax.nn.silu(z)), mask), MLSTMLayerState(memory, window)
@@ -169,7 +178,7 @@ class SLSTMLayer(Cell):
         if num_heads < 1 or features % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide features={features}")
         self.features, self.num_heads, self.dtype, self.param_dtype = features, num_heads, dtype, param_dtype
-        self.options = dict(form=form, chunk_size=chunk_size)
+        self.form, self.chunk_size = form, chunk_size
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.conv = CausalConv(features, conv_width, **shared) if conv_width else None
         self.i, self.f, self.z, self.o = (
@@ -213,7 +222,8 @@ class SLSTMLayer(Cell):
             b=self.b[...],
             mask=mask,
             reset=reset,
-            **self.options,
+            form=self.form,
+            chunk_size=self.chunk_size,
         )
         return masked(self.norm(ys).astype(dtype), mask), SLSTMLayerState(cell, window)
 

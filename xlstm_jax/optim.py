@@ -43,7 +43,7 @@ def make(
     schedule: str = "cosine",
     min_learning_rate: float = 0.0,
     weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: Iterable[float] = (0.9, 0.95),
     epsilon: float = 1e-8,
     clip: float | None = 1.0,
 ) -> optax.GradientTransformation:

@@ -23,8 +23,8 @@ from configs import common
 # authors' released parity configs
 SLSTM = {"+model.slstm_conv_width": 0, "+model.recurrent_init": "orthogonal", "+model.num_heads": 1}
 MODELS = {  # backbone: its own options
-    "lstm": {"model.num_layers": 1},
-    "gru": {"model.num_layers": 1},
+    "lstm": {"model.num_layers": 1, "model.dim": 64},
+    "gru": {"model.num_layers": 1, "model.dim": 64},
     "xlstm[0:1]": SLSTM,
     "xlstm[1:0]": {"+model.num_heads": 1},
     "xlstm[1:1]": SLSTM,
@@ -36,11 +36,11 @@ PRESETS = {
     "demo": dict(
         tasks=("parity", "cycle_navigation", "modular_arithmetic"),
         seeds=(0,),
-        learning_rates=(5e-3,),
+        learning_rates=(1e-2,),
         dim=32,
         batch_size=32,
         steps=800,
-        min_learning_rate=5e-5,
+        min_learning_rate=1e-4,
         weight_decay=0.01,
         num_eval=512,
         seconds=dict.fromkeys(MODELS, 20),
@@ -48,11 +48,11 @@ PRESETS = {
     "reduced": dict(
         tasks=TASKS,
         seeds=(0, 1, 2),
-        learning_rates=(5e-3,),
+        learning_rates=(1e-2,),
         dim=32,
         batch_size=32,
-        steps=1_500,
-        min_learning_rate=5e-5,
+        steps=1_000,
+        min_learning_rate=1e-4,
         weight_decay=0.01,
         num_eval=1_024,
         seconds=dict.fromkeys(MODELS, 60),
@@ -194,6 +194,6 @@ TABLE = dict(
     differences="Paper: 100,000 steps of batch 256, the best of the learning rates 1e-2, 1e-3 and 1e-4, 2 seeds, "
     "models of 2 blocks (LSTM: 2 layers), the same pre-drawn samples for all models. Here: {config[steps]:,} steps of "
     "batch {config[batch_size]}, learning rate {swept[optimizer.learning_rate]}, seeds {swept[seed]}, "
-    "{config[model][num_layers]} blocks (LSTM, GRU: one bare layer) of width {config[model][dim]}, fresh training samples "
+    "{config[model][num_layers]} blocks (LSTM, GRU: one bare layer) of width {config[model][dim]} (LSTM, GRU: 64), fresh training samples "
     "at every step, {config[task][num_eval]:,} test samples.",
 )

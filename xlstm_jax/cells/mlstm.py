@@ -50,7 +50,7 @@ class MLSTM(Cell):
             qk_features,
         )
         self.dtype, self.param_dtype = dtype, param_dtype
-        self.options = dict(form=form, chunk_size=chunk_size, input_gate=input_gate, normalize=normalize)
+        self.form, self.chunk_size, self.input_gate, self.normalize = form, chunk_size, input_gate, normalize
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         kernel_init = initializer(kernel_init)
         self.qkv = nnx.Linear(
@@ -79,7 +79,15 @@ class MLSTM(Cell):
         q, k, v = jnp.split(self.qkv(xs), [self.qk_features, 2 * self.qk_features], axis=-1)
         q, k, v = (a.reshape(B, T, self.num_heads, -1) for a in (q, k, v))
         state = self.initial_state(B) if state is None else state
-        h, state = kernel.mlstm(q, k, v, self.i(xs), self.f(xs), state, mask=mask, reset=reset, **self.options)
+        h, state = kernel.mlstm(
+            *(q, k, v, self.i(xs), self.f(xs), state),
+            form=self.form,
+            chunk_size=self.chunk_size,
+            input_gate=self.input_gate,
+            normalize=self.normalize,
+            mask=mask,
+            reset=reset,
+        )
         return jax.nn.sigmoid(self.o(xs)) * h.reshape(B, T, self.features), state
 
 
