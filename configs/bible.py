@@ -29,21 +29,21 @@ PRESETS = {
         weight_decay=0.05,
         dropout=0.0,
         models={
-            "lstm": {"model.dim": 192, "model.num_layers": 1},
-            "xlstm[1:1]": {"model.dim": 96, "model.num_layers": 2},
+            "lstm": {"model.dim": 192, "model.num_layers": 1, "model.embedding_dim": 64},
+            "xlstm[1:1]": {"model.dim": 96, "model.num_layers": 2, "model.embedding_dim": 96},
         },
         seconds={"lstm": 90, "xlstm[1:1]": 90},
     ),
     "reduced": dict(
-        steps=3_000,
+        steps=2_500,
         batch_size=32,
         seq_len=128,
         learning_rate=4e-3,
         weight_decay=0.05,
         dropout=0.2,
         models={
-            "lstm": {"model.dim": 384, "model.num_layers": 1},
-            "xlstm[1:1]": {"model.dim": 192, "model.num_layers": 2},
+            "lstm": {"model.dim": 448, "model.num_layers": 1, "model.embedding_dim": 64},
+            "xlstm[1:1]": {"model.dim": 192, "model.num_layers": 2, "model.embedding_dim": 192},
         },
         seconds={"lstm": 1_800, "xlstm[1:1]": 1_800},
     ),
@@ -56,7 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     numbers = PRESETS[preset]
     config = ConfigDict()
     config.kind = "lm"
-    config.model = dict(backbone=model, dim=64, num_layers=1, dropout=numbers["dropout"])
+    config.model = dict(backbone=model, dim=64, num_layers=1, embedding_dim=64, dropout=numbers["dropout"])
     config.task = dict(name="byte_lm", corpus="bundled:kjv", seq_len=numbers["seq_len"], carries_state=True)
     config.optimizer = dict(
         name="adamw",
@@ -79,7 +79,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.update_from_flattened_dict(numbers["models"][model])
     if debug:
         common.shrink(config)
-        config.model.num_layers, config.task.seq_len = 2, 16
+        config.model.num_layers, config.model.embedding_dim, config.task.seq_len = 2, config.model.dim, 16
     return config.lock()
 
 

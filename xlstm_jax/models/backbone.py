@@ -35,13 +35,20 @@ def backbone(
     dim: int,
     num_layers: int,
     *,
+    in_features: int | None = None,
     dropout: float = 0.0,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
     **options,
 ) -> Stack:
-    """The stack `name` of width `dim`; options go to its cell or mixer, and `sequence` of xLSTM's to both kinds."""
+    """The stack `name` of width `dim`; options go to its cells or mixers (`slstm_conv_width` to sLSTM ones alone).
+
+    `in_features`: width of the inputs where it is not `dim`, for bare cells only (there is no residual connection).
+    """
+    in_features = in_features or dim
+    if in_features != dim and name not in cells.CELLS:
+        raise ValueError(f"{name} needs inputs of its own width {dim}, not {in_features}; only bare cells take others")
     if dim < 1 or num_layers < 1:
         raise ValueError(f"dim and num_layers must be at least 1, not {dim} and {num_layers}")
     shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -77,11 +84,11 @@ def backbone(
             return Block(mixer, norm=rms[0], ffn=gated(8 / 3, jax.nn.silu), ffn_norm=rms[1], dropout=dropout)
 
     elif (kind := name.removesuffix("_block")) in cells.CELLS:
-        pattern = (name,) * num_layers
         in_block = name != kind
+        pattern = ("first" if in_features != dim else name, *(name,) * (num_layers - 1))
 
         def make(index):
-            mixer = cells.CELLS[kind](dim, dim, **options, **shared)
+            mixer = cells.CELLS[kind](dim if index else in_features, dim, **options, **shared)
             if not in_block:
                 return Block(mixer, residual=False, dropout=dropout)
             return Block(mixer, norm=norm(), ffn=gated(1.3, exact_gelu), ffn_norm=norm(), dropout=dropout)

@@ -24,17 +24,20 @@ class Tagger(Cell):
         backbone: str,
         dim: int,
         num_layers: int,
+        embedding_dim: int | None = None,
         dropout: float = 0.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         **options,
     ):
-        """options: of the backbone's cell or mixer."""
+        """embedding_dim: if not `dim` (bare cells only); options: of the backbone's cells or mixers."""
+        embedding_dim = embedding_dim or dim
         self.vocab_size, self.num_classes, self.dropout = vocab_size, num_classes, dropout
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.embedding = nnx.Embed(vocab_size, dim, embedding_init=small_init(dim), **shared)
-        self.backbone = make_backbone(backbone, dim, num_layers, dropout=dropout, **shared, **options)
+        self.embedding = nnx.Embed(vocab_size, embedding_dim, embedding_init=small_init(embedding_dim), **shared)
+        widths = dict(in_features=embedding_dim, dropout=dropout)
+        self.backbone = make_backbone(backbone, dim, num_layers, **widths, **shared, **options)
         self.norm = nnx.LayerNorm(dim, epsilon=1e-5, use_bias=False, **shared)
         self.head = nnx.Linear(dim, num_classes, use_bias=False, kernel_init=small_init(dim), **shared)
 
