@@ -121,8 +121,11 @@ def _recurrent(inputs, state, chunk_size, options):
 
 
 def _chunk(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
-    """All steps of one chunk at once. F is the running sum of log f of its sequence, D[t, j] = F_t - F_j + log i_j the log weight
-    of step j at step t, base_t the log weight of the memory before the chunk (or of the empty one after a reset)."""
+    """All steps of one chunk at once.
+
+    F is the running sum of log f within a sequence, D[t, j] = F_t - F_j + log i_j the log weight of step j at step t,
+    base_t the log weight of the memory before the chunk (or of the empty one after a reset).
+    """
     q, k, v, log_i, log_f, reset = inputs  # (B, H, L, .), (B, H, L), (B, L)
     C, n, m = state
     L = q.shape[2]
