@@ -45,7 +45,7 @@ class Block(Cell):
 
     def __call__(
         self,
-        xs: Float[Array, "B T D"],
+        xs: Float[Array, "B T D_in"],
         state: Any = None,
         mask: Bool[Array, "B T"] | None = None,
         reset: Bool[Array, "B T"] | None = None,
@@ -256,7 +256,7 @@ class Stack(Cell):
 
     def __call__(
         self,
-        xs: Float[Array, "B T D"],
+        xs: Float[Array, "B T D_in"],
         state: tuple | None = None,
         mask: Bool[Array, "B T"] | None = None,
         reset: Bool[Array, "B T"] | None = None,

@@ -197,6 +197,6 @@ TABLE = dict(
     differences="Paper: 100,000 steps of batch 256, the best of the learning rates 1e-2, 1e-3 and 1e-4, 2 seeds, "
     "models of 2 blocks (LSTM: 2 layers), the same pre-drawn samples for all models. Here: {config[steps]:,} steps of "
     "batch {config[batch_size]}, learning rate {swept[optimizer.learning_rate]}, seeds {swept[seed]}, "
-    "{config[model][num_layers]} blocks of width {config[model][dim]} (demo and reduced: LSTM and GRU one bare layer of "
-    "width 64), fresh training samples at every step, {config[task][num_eval]:,} test samples.",
+    "{config[model][num_layers]} blocks of width {config[model][dim]} (demo and reduced: LSTM and GRU one bare layer "
+    "of width 64), fresh training samples at every step, {config[task][num_eval]:,} test samples.",
 )

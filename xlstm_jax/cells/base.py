@@ -30,7 +30,7 @@ class Cell(nnx.Module):
     """One step of any layer is the sequence of one step; a subclass has `initial_state` and `__call__`."""
 
     def step(self, x: Array, state: Any, reset: Bool[Array, " B"] | None = None) -> tuple[Array, Any]:
-        """x (B, D_in), or tokens (B,), and the state to y (B, D) and the next state; a True `reset` empties it first."""
+        """x (B, D_in), or tokens (B,), and the state to y (B, D) and the next state; a True `reset` empties it."""
         ys, state = self(x[:, None], state, reset=None if reset is None else reset[:, None])
         return ys[:, 0], state
 

@@ -4,8 +4,8 @@ A rule is the elementwise heart of a cell in its paper's symbols,
 
     rule(x, r, state, params) -> (state, output)
 
-with x (B, G, D) the input's share and r (B, G, D) the recurrent share of the G gate pre-activations, and a
-NamedTuple state that has a field `h` (B, D), the vector that the recurrent matrix multiplies. The forms:
+with x the input's share and r the recurrent share of the pre-activations, each a tuple of one (B, D) array a gate, and
+a NamedTuple state that has a field `h` (B, D), the vector that the recurrent matrix multiplies. The forms:
 
     "scan"   one `lax.scan` over time, differentiated by JAX: the obvious form, which tests compare the others with
     "fused"  a scan over chunks of time with its own gradient. The input projection runs inside the chunk; backward,
@@ -24,7 +24,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 State = Any  # a NamedTuple of arrays (B, ...) with a field h
-Rule = Callable[[Array, Array, State, Any], tuple[State, Array]]
+Gates = tuple[Array, ...]  # (B, D) each
+Rule = Callable[[Gates, Gates, State, Any], tuple[State, Array]]
 
 
 class Weights(NamedTuple):
@@ -108,7 +109,7 @@ def emptied(reset: Bool[Array, "*M"] | None, state: State) -> State:
     return state if reset is None else select(~reset, state, jax.tree.map(jnp.zeros_like, state))
 
 
-def masked_rule(rule: Rule, x: Array, r: Array, state: State, params: Any, mask: Array | None) -> tuple[State, Array]:
+def masked_rule(rule: Rule, x: Gates, r: Gates, state: State, params: Any, mask: Array | None) -> tuple[State, Array]:
     """The rule on one step: a False mask copies the state through and outputs zeros."""
     new, y = rule(x, r, state, params)
     return select(mask, new, state), select(mask, y, jnp.zeros_like(y))

@@ -14,6 +14,6 @@ class LM(Tagger):
         if tie_weights:
             del self.head
 
-    def logits(self, xs: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, xs: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """By the head, or by the embedding where tied."""
         return self.embedding.attend(xs) if self.tie_weights else self.head(xs)

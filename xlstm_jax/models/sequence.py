@@ -69,7 +69,7 @@ class Tagger(Cell):
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return masked(logits, mask), state
 
-    def logits(self, xs: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
+    def logits(self, xs: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
         """The head."""
         return self.head(xs)
 

@@ -1,0 +1,116 @@
+"""Initialisers, the engine's arguments, and what bad inputs say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xlstm_jax import cells
+from xlstm_jax.cells.lstm import LSTMState, lstm_rule
+from xlstm_jax.cells.slstm import powerlaw_forget_bias
+from xlstm_jax.kernels.mlstm import mlstm
+from xlstm_jax.kernels.recurrent import recurrent
+
+
+def test_recurrent_matrix_is_orthogonal_gate_by_gate():
+    R = cells.LSTM(3, 8, rngs=nnx.Rngs(0)).R[0]
+    for gate in range(4):
+        np.testing.assert_allclose(R[:, gate] @ R[:, gate].T, np.eye(8), atol=1e-5)
+
+
+def test_forget_biases():
+    assert np.array_equal(
+        cells.LSTM(3, 4, forget_bias=2.5, rngs=nnx.Rngs(0)).b[...], [[0] * 4, [2.5] * 4, [0] * 4, [0] * 4]
+    )
+    bias = powerlaw_forget_bias(32, 2, block=1, num_blocks=2)  # values of the published initialiser
+    np.testing.assert_allclose(bias[:3], [5.000, 4.842, 4.522], atol=1e-3)
+    np.testing.assert_allclose(bias[15:18], [-7, 5.000, 4.842], atol=1e-3)
+    np.testing.assert_allclose(cells.MLSTM(3, 8, rngs=nnx.Rngs(0)).f.bias[...], [3, 4, 5, 6])
+
+
+@pytest.mark.parametrize("form", ["scan", "fused"])
+def test_reverse_is_the_mirrored_sequence(x64, form):
+    keys = jax.random.split(jax.random.key(0), 5)
+    gates, R = jax.random.normal(keys[0], (2, 7, 4, 3)), jax.random.normal(keys[1], (1, 3, 4, 3))
+    mask, reset = jax.random.bernoulli(keys[2], 0.7, (2, 7)), jax.random.bernoulli(keys[3], 0.3, (2, 7))
+    state = LSTMState(*jax.random.normal(keys[4], (2, 2, 3)))
+
+    def loss(gates, R, reverse):
+        flags = [mask, reset] if reverse else [mask[:, ::-1], reset[:, ::-1]]
+        xs = gates if reverse else gates[:, ::-1]
+        options = dict(form=form, chunk_size=3, mask=flags[0], reset=flags[1], reverse=reverse)
+        ys, last = recurrent(lstm_rule, xs, R, state, **options)
+        ys = ys if reverse else ys[:, ::-1]
+        return jnp.sum(ys * jnp.arange(7.0)[None, :, None]) + jnp.sum(last.c), ys
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+    for got, want in zip(jax.tree.leaves(run(gates, R, True)), jax.tree.leaves(run(gates, R, False))):
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["recurrent", "parallel", "chunkwise"])
+@pytest.mark.parametrize("size", [30.0, 1000.0])
+def test_mlstm_with_extreme_gates_is_finite(form, size):
+    keys = jax.random.split(jax.random.key(0), 6)
+    q, k, v = (jax.random.normal(key, (1, 24, 2, 4)) for key in keys[:3])
+    i, f = (size * jnp.sign(jax.random.normal(key, (1, 24, 2))) for key in keys[3:5])
+    reset = jax.random.bernoulli(keys[5], 0.2, (1, 24))
+
+    def loss(*args):
+        h, state = mlstm(*args, form=form, chunk_size=8, reset=reset)
+        return jnp.sum(h) + jnp.sum(state.C)
+
+    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))(q, k, v, i, f)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((value, grads)))
+
+
+XS = jnp.ones((2, 5, 3))
+BAD_CALLS = {
+    "width": (dict(xs=jnp.ones((2, 5, 4))), r"xs must have the shape \(B, T, 3\), not \(2, 5, 4\)"),
+    "no time": (dict(xs=jnp.ones((2, 0, 3))), "T = 0"),
+    "mask shape": (dict(mask=jnp.ones((2, 4), bool)), r"mask must be bool of the shape \(2, 5\)"),
+    "reset type": (dict(reset=jnp.ones((2, 5), bool).astype(jnp.float32)), "reset must be bool"),
+    "state of another cell": (
+        dict(state=cells.GRU(3, 4, rngs=nnx.Rngs(0)).initial_state(2)),
+        "LSTMState, not a GRUState",
+    ),
+    "state of another batch": (dict(state=cells.LSTM(3, 4, rngs=nnx.Rngs(0)).initial_state(3)), "a batch of 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_a_bad_call_says_what_is_wrong(case):
+    arguments, message = BAD_CALLS[case]
+    call = unchecked(cells.LSTM(3, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=message) as error:
+        call(**{"xs": XS} | arguments)
+    assert "\n" not in str(error.value)
+
+
+def unchecked(cell):
+    """The call as users have it, without the run-time annotations that pytest adds."""
+    import inspect
+
+    function = inspect.unwrap(type(cell).__call__)
+    return lambda xs, **options: function(cell, xs, **options)
+
+
+BAD_CONSTRUCTIONS = {
+    "heads": (lambda: cells.SLSTM(3, 6, num_heads=4, rngs=nnx.Rngs(0)), "num_heads=4 must divide features=6"),
+    "matrix heads": (lambda: cells.MLSTM(3, 6, num_heads=4, rngs=nnx.Rngs(0)), "num_heads=4 must divide features=6"),
+    "initialiser": (lambda: cells.LSTM(3, 4, recurrent_init="ortho", rngs=nnx.Rngs(0)), "unknown initialiser 'ortho'"),
+    "form": (lambda: cells.LSTM(3, 4, form="fast", rngs=nnx.Rngs(0))(XS), "unknown form 'fast'"),
+    "chunk": (lambda: cells.LSTM(3, 4, chunk_size=0, rngs=nnx.Rngs(0))(XS), "chunk_size must be at least 1, not 0"),
+    "matrix form": (lambda: cells.MLSTM(3, 4, form="fused", rngs=nnx.Rngs(0))(XS), "unknown form 'fused'"),
+    "gate": (lambda: cells.MLSTM(3, 4, input_gate="relu", rngs=nnx.Rngs(0))(XS), "input_gate must be"),
+    "no normaliser": (lambda: cells.MLSTM(3, 4, normalize=False, rngs=nnx.Rngs(0))(XS), "needs input_gate='sigmoid'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONSTRUCTIONS)
+def test_a_bad_argument_says_what_is_wrong(case):
+    build, message = BAD_CONSTRUCTIONS[case]
+    with pytest.raises(ValueError, match=message) as error:
+        build()
+    assert "\n" not in str(error.value)

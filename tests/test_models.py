@@ -1,0 +1,81 @@
+"""Models: pooling, layouts of a stack, names, and what bad inputs say (the contract is in test_contract.py)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xlstm_jax import models
+from xlstm_jax.blocks import smallest_period
+from xlstm_jax.layers import dropout
+
+
+def build(kind=models.Tagger, backbone="lstm", **options):
+    options = dict(dim=8, num_layers=2) | options
+    return kind(5, 3, backbone=backbone, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_a_classifier_reads_valid_steps_only(pool):
+    model = build(models.Classifier, pool=pool)
+    tokens = jax.random.randint(jax.random.key(0), (3, 6), 0, 5)
+    mask = jnp.arange(6)[None] < jnp.array([6, 4, 1])[:, None]
+    logits, _ = model(tokens, mask=mask)
+    other, _ = model(jnp.where(mask, tokens, 0), mask=mask)
+    alone = jnp.concatenate([model(tokens[b : b + 1, :n])[0] for b, n in enumerate((6, 4, 1))])
+    np.testing.assert_array_equal(logits, other)
+    np.testing.assert_allclose(logits, alone, atol=1e-6)
+
+
+def test_repeating_blocks_are_stored_stacked():
+    assert [smallest_period(tuple(p)) for p in ("mmmm", "msms", "mms", "m")] == [1, 2, 3, 1]
+    params = nnx.state(build(backbone="xlstm[1:1]", dim=16, num_layers=6))
+    assert params["backbone"]["blocks"][0]["mixer"]["skip"].shape == (3, 64)
+    assert params["backbone"]["blocks"][1]["mixer"]["R"].shape == (3, 4, 4, 4, 4)
+
+
+def test_blocks_differ_by_their_place():
+    bias = build(backbone="xlstm[0:1]", dim=32, num_layers=4).backbone.blocks[0].mixer.b[:, 1]
+    assert len(np.unique(np.asarray(bias)[:, 1])) == 4  # the exponent of the forget bias grows with depth
+
+
+def test_dropout_needs_a_key():
+    model = build(backbone="lstm_block", dropout=0.5)
+    tokens = jnp.zeros((2, 4), int)
+    plain, again, dropped = model(tokens)[0], model(tokens)[0], model(tokens, key=jax.random.key(0))[0]
+    np.testing.assert_array_equal(plain, again)
+    assert not np.allclose(plain, dropped)
+    ones = dropout(jnp.ones(10_000), 0.25, jax.random.key(0))
+    assert abs(float(ones.mean()) - 1) < 0.03 and set(np.unique(ones)) == {0.0, np.float32(1 / 0.75)}
+
+
+def test_first_layer_may_be_narrower():
+    model = build(embedding_dim=3)
+    assert model.backbone.blocks[0].mixer.W.shape == (3, 4, 8) and model.backbone.blocks[1].mixer.W.shape == (8, 4, 8)
+    assert model(jnp.zeros((2, 4), int))[0].shape == (2, 4, 3)
+
+
+BAD = {
+    "name": (lambda: build(backbone="ltsm"), "unknown backbone 'ltsm'.*lstm"),
+    "ratio": (lambda: build(backbone="xlstm[1:1]", num_layers=3), "num_layers=3 must be a multiple of the 2 blocks"),
+    "empty ratio": (lambda: build(backbone="xlstm[0:0]"), "must be a multiple of the 0 blocks"),
+    "layers": (lambda: build(num_layers=0), "dim and num_layers must be at least 1, not 8 and 0"),
+    "heads": (lambda: build(backbone="xlstm[0:1]", num_heads=3), "num_heads=3 must divide features=8"),
+    "attention heads": (lambda: build(backbone="transformer", num_heads=8), "heads of even width"),
+    "embedding": (lambda: build(backbone="transformer", embedding_dim=4), "only bare cells take others"),
+    "pool": (lambda: build(models.Classifier, pool="max"), "pool must be 'last' or 'mean'"),
+    "no time": (lambda: build()(jnp.zeros((2, 0), int)), "T at least 1"),
+    "one axis": (
+        lambda: build().features(jnp.zeros(2, int), None, None, None, None),
+        r"tokens must be integers \(B, T\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_says_what_is_wrong(case):
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
