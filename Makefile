@@ -11,7 +11,7 @@ demo: $(STAMP)
 	@$(RUN) experiments.demo $(ARGS)
 
 test: $(STAMP)
-	@$(RUN) pytest -n 2 $(ARGS)
+	@$(RUN) pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	@$(RUN) ruff check .

@@ -1,16 +1,16 @@
 """Text from a trained byte language model: python -m experiments.generate --workdir=DIR --prompt="In the beginning"."""
 
-import json
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
 
-from experiments.train import build_model, build_task, fail, use_compilation_cache
+from experiments import command
+from experiments.build import build_model, build_task, resolve
+from experiments.train import read_json, use_compilation_cache
 from xlstm_jax.checkpoint import Checkpoints
 from xlstm_jax.generate import generate
 
@@ -22,7 +22,7 @@ def load(workdir: str | Path) -> nnx.Module:
         raise ValueError(f"no such folder: {workdir}")
     if not (workdir / "config.json").is_file():
         raise ValueError(f"{workdir} is no run folder: it holds no config.json")
-    plain = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"]
+    plain = resolve(read_json(workdir / "config.json").get("config", {}))
     if plain["kind"] != "lm":
         raise ValueError(f"{workdir} holds a {plain['kind']}: text comes from a run of kind 'lm' only")
     if not (workdir / "checkpoints").is_dir():
@@ -47,28 +47,22 @@ def text(
     return [bytes(row).decode(errors="replace") for row in np.asarray(tokens, np.uint8)]
 
 
+@command.exit_code
 def main(argv: list[str]) -> int:
-    arguments = flags.FlagValues()
-    workdir = flags.DEFINE_string("workdir", None, "folder of a run of kind lm", flag_values=arguments)
-    prompt = flags.DEFINE_string("prompt", "In the beginning ", "text to go on with", flag_values=arguments)
-    length = flags.DEFINE_integer("length", 400, "bytes", flag_values=arguments)
-    temperature = flags.DEFINE_float("temperature", 0.8, "0: the likeliest byte", flag_values=arguments)
-    top_k = flags.DEFINE_integer("top_k", 0, "choose among the k likeliest; 0: all", flag_values=arguments)
-    seed = flags.DEFINE_integer("seed", 0, "of the draws", flag_values=arguments)
-    try:
-        rest = arguments(argv)[1:]
-        if rest:
-            raise ValueError(f"unknown argument {rest[0]!r}: write --workdir=... and --prompt=...")
-        if not workdir.value:
-            raise ValueError("--workdir is missing: --workdir=DIR, the folder of a run")
-        use_compilation_cache()
-        model = load(workdir.value)
-        (answer,) = text(model, prompt.value, length.value, seed.value, temperature.value, top_k.value)
-    except (ValueError, OSError, flags.Error) as error:
-        return fail(error)
-    print(prompt.value + answer)
+    arguments = command.Arguments("generate", __doc__)
+    arguments.add_argument("--workdir", required=True, help="folder of a run of kind lm")
+    arguments.add_argument("--prompt", default="In the beginning ", help="text to go on with")
+    arguments.add_argument("--length", type=int, default=400, help="bytes")
+    arguments.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest byte")
+    arguments.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest; 0: all")
+    arguments.add_argument("--seed", type=int, default=0, help="of the draws")
+    options = arguments.parse_args(argv)
+    use_compilation_cache()
+    model = load(options.workdir)
+    (answer,) = text(model, options.prompt, options.length, options.seed, options.temperature, options.top_k)
+    print(options.prompt + answer)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main(sys.argv[1:]))

@@ -6,15 +6,16 @@ import importlib.util
 import json
 import re
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from flax import nnx
 from ml_collections import ConfigDict
 
-from experiments.train import build_model, build_optimizer, build_task, flatten, resolve
-from xlstm_jax.optim import unknown
+from experiments.build import abstract_model, build_optimizer, build_task, flatten, resolve
+from xlstm_jax.names import unknown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,12 +46,16 @@ class Sweep(NamedTuple):
 
 
 def load(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:
-    """Reads "FILE.py[:arg]" and command-line overrides "a.b=v"; checks every run before anything starts."""
-    path, _, arg = source.partition(":")
-    module = load_module(path)
-    base = override(module.get_config(arg or None), dict(map(parse_override, overrides)))
-    rows = module.sweep(arg or None) if hasattr(module, "sweep") else [{}]
-    sweep = Sweep(source, base, [Run(run_id(row), row) for row in rows], module)
+    """Reads "FILE.py[:arg]" and command-line overrides "a.b=v"; checks every run's fields before anything starts."""
+    base, module = read(source, overrides)
+    arg = source.partition(":")[2] or None
+    changes = _ask(module, lambda: list(module.sweep(arg))) if hasattr(module, "sweep") else [{}]
+    for name, _ in map(parse_override, overrides):
+        if changes and all(name in each for each in changes):
+            raise ValueError(
+                f"--config.{name}: every run of the sweep sets this field itself; change sweep() in {source}"
+            )
+    sweep = Sweep(source, base, [Run(run_id(each), each) for each in changes], module)
     seen: dict[str, dict] = {}
     for run in sweep.runs:
         if run.id in seen:
@@ -60,19 +65,38 @@ def load(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:
     return sweep
 
 
-def load_module(path: str) -> ModuleType:
-    """The Python file, imported from where it lies; `from configs import ...` works in it."""
+def read(source: str, overrides: list[str] | tuple[str, ...] = ()) -> tuple[ConfigDict, ModuleType]:
+    """The config of "FILE.py[:arg]" with overrides "a.b=v", and the file itself."""
+    path, _, arg = source.partition(":")
     file = Path(path)
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"--config={path}: no such Python file")
     if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
+        sys.path.insert(0, str(ROOT))  # so that `from configs import ...` works in it
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    _ask(module, lambda: spec.loader.exec_module(module))
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config={path}: the file has no get_config(arg)")
-    return module
+    base = _ask(module, lambda: module.get_config(arg or None))
+    if not isinstance(base, ConfigDict):
+        raise ValueError(f"--config={path}: get_config returns a {type(base).__name__}: a ConfigDict is needed")
+    return override(base, dict(map(parse_override, overrides))), module
+
+
+def _ask(module: ModuleType, function: Callable):
+    """function(); what goes wrong inside the config file is named with its line, in one line."""
+    try:
+        return function()
+    except ValueError:  # the config's own words
+        raise
+    except Exception as error:
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == module.__file__
+        ]
+        place = f" line {lines[-1]}:" if lines else ""
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"--config={module.__file__}:{place} {words}") from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -93,6 +117,10 @@ def override(base: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
     for name, value in overrides.items():
         if name.startswith("+"):
             name = name.removeprefix("+")
+            section = name.rpartition(".")[0]
+            sections = {field.rpartition(".")[0] for field in fields}
+            if section not in sections:
+                raise ValueError(unknown("section", section, sorted(sections - {""})))
             fields[name] = value
         if name not in fields:
             raise ValueError(unknown("field", name, fields))
@@ -124,16 +152,16 @@ def run_id(overrides: dict[str, Any]) -> str:
 
 
 def validate(sweep: Sweep) -> None:
-    """Builds every distinct model (abstractly), task and optimiser: a wrong option shows before anything starts."""
+    """Builds every distinct task, optimiser and (abstractly) model: a wrong option shows before anything starts."""
     seen = set()
     for run in sweep.runs:
-        plain = resolve(sweep.config(run)) | {"seed": 0}
-        if (key := json.dumps(plain, sort_keys=True)) in seen:
-            continue
-        seen.add(key)
+        plain = resolve(sweep.config(run))
         try:
             task = build_task(plain)
             build_optimizer(plain)
-            nnx.eval_shape(lambda plain=plain, task=task: build_model(plain, task, 0))
+            key = json.dumps([plain["kind"], plain["model"]], sort_keys=True)
+            if key not in seen:
+                abstract_model(plain, task)
+            seen.add(key)
         except ValueError as error:
             raise ValueError(f"run {run.id}: {error}") from None

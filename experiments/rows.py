@@ -10,12 +10,13 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.build import flatten
 from experiments.planning import Run, Sweep
-from experiments.train import flatten
 from xlstm_jax import metrics
 
 RESULTS = "results.jsonl"
@@ -55,7 +56,12 @@ def check(workdir: Path, sweep: Sweep) -> None:
 
 def read(workdir: Path) -> dict[str, dict]:
     """Rows of the finished runs by id; a last line cut short by a kill is left out."""
-    return {row["id"]: row for row in metrics.read(workdir / RESULTS)}
+    found = {}
+    for number, row in enumerate(metrics.read(workdir / RESULTS), start=1):
+        if not isinstance(row, dict) or not row.keys() >= {"id", "overrides"}:
+            raise ValueError(f"{workdir / RESULTS}, line {number} is no result row: restore or delete the line")
+        found[row["id"]] = row
+    return found
 
 
 def append(workdir: Path, row: dict[str, Any]) -> None:
@@ -76,12 +82,17 @@ def append(workdir: Path, row: dict[str, Any]) -> None:
 def claim(workdir: Path, run: Run) -> Iterator[bool]:
     """True while this process alone may run it; False if another process is at it."""
     with open(workdir / "locks" / run.id, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
+        yield any(_locked(file, fcntl.LOCK_EX, wait) for wait in (0.0, 0.02, 0.05))
+
+
+def _locked(file, kind: int, wait: float = 0.0) -> bool:
+    """Whether the lock could be taken, after `wait` seconds: `state` of another process holds it for a moment only."""
+    time.sleep(wait)
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def state(workdir: Path, run: Run, done: dict[str, dict]) -> str:
@@ -91,9 +102,7 @@ def state(workdir: Path, run: Run, done: dict[str, dict]) -> str:
     lock = workdir / "locks" / run.id
     if lock.exists():
         with open(lock) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _locked(file, fcntl.LOCK_SH):
                 return "running"
     return "failed" if error_file(workdir, run).exists() else "missing"
 

@@ -21,7 +21,7 @@ class Subject(NamedTuple):
 
 
 def draw(subject: Subject, module: nnx.Module, seed: int):
-    """Random parameters around the initial ones, inputs, a reachable state, and flags: any mask, one row without a valid step."""
+    """Random parameters around the initial ones, inputs, and flags: any mask, one row without a valid step."""
     keys = iter(jax.random.split(jax.random.key(seed), 16))
     graphdef, params = nnx.split(module)
     leaves, treedef = jax.tree.flatten(params)
@@ -126,16 +126,12 @@ class Case:
     """Programs and the arguments they are called with."""
 
     def __init__(self, programs, params, xs, mask, reset, empty, seed):
-        self.programs, self.params, self.xs, self.mask, self.reset, self.empty = (
-            programs,
-            params,
-            xs,
-            mask,
-            reset,
-            empty,
-        )
+        self.programs, self.params, self.xs = programs, params, xs
+        self.mask, self.reset, self.empty = mask, reset, empty
         self.on, self.off = jnp.ones((B, T), bool), jnp.zeros((B, T), bool)
-        (_, (self.ys, self.state)), _ = programs.whole(params, xs, empty, self.on, self.off, (1.0, 1.0))
+        outputs = jax.eval_shape(programs.plain, params, xs)[0]
+        ones = jnp.ones(outputs.shape, outputs.dtype), 1.0  # shaped as all later weights: one program for all
+        (_, (self.ys, self.state)), _ = programs.whole(params, xs, empty, self.on, self.off, ones)
         self.weights = (jax.random.normal(jax.random.key(seed + 1), self.ys.shape, self.ys.dtype), 1.0)
 
     def run(self, *, xs=None, state=None, mask=None, reset=None, weights=None):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments import planning
+from experiments.build import resolve
 from experiments.table import expected
-from experiments.train import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGS = {
@@ -68,8 +68,13 @@ def test_every_run_is_accepted_by_models_tasks_and_optimiser(source):
 
 def test_overrides_from_the_command_line():
     sweep = planning.load(FORMAL, ["model.dim=32", "optimizer.weight_decay=0", "+model.num_heads=2"])
-    config = sweep.config(sweep.runs[0])
+    config = sweep.config(sweep.runs[-1])
     assert (config.model.dim, config.optimizer.weight_decay, config.model.num_heads) == (32, 0.0, 2)
+
+
+def test_a_field_that_the_sweep_sets_in_every_run_cannot_be_changed():
+    with pytest.raises(ValueError, match="every run of the sweep sets this field itself"):
+        planning.load(FORMAL, ["seed=3"])
 
 
 @pytest.mark.parametrize(
@@ -111,9 +116,20 @@ def test_sweeps_with_equal_runs_or_unknown_fields_are_refused(tmp_path):
         planning.load(write_config(tmp_path, "[{'model.dmi': 2}]"))
 
 
-def test_missing_files_and_functions_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no such Python file"):
-        planning.load(str(tmp_path / "absent.py"))
-    (tmp_path / "empty.py").write_text("")
-    with pytest.raises(ValueError, match="no get_config"):
-        planning.load(str(tmp_path / "empty.py"))
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (None, "no such Python file"),
+        ("", "no get_config"),
+        ("def get_config(arg=None)\n    return 1\n", "SyntaxError: expected ':' .c.py, line 1."),
+        ("\nimport no_such_module\n", "line 2: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def get_config(arg=None):\n    return ConfigDict()\n", "line 2: NameError: name 'ConfigDict'"),
+        ("def get_config(arg=None):\n    return {}\n", "get_config returns a dict: a ConfigDict is needed"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named_with_its_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "c.py").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        planning.load(str(tmp_path / "c.py"))
+    assert "\n" not in str(error.value)

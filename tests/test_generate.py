@@ -65,13 +65,13 @@ def test_a_trained_run_writes_text(tmp_path, capsys, monkeypatch):
     plain = tiny.get_config("lm").to_dict() | {"steps": 2}
     monkeypatch.setattr(train_script.train, "evaluate_params", lambda *_: {"loss": 0.0})
     train_script.run(ConfigDict(plain), tmp_path / "run", progress=False)
-    arguments = ["generate", f"--workdir={tmp_path / 'run'}", "--prompt=And ", "--length=12"]
+    arguments = [f"--workdir={tmp_path / 'run'}", "--prompt=And ", "--length=12"]
     assert script.main(arguments) == 0
     text = capsys.readouterr().out
     assert text.startswith("And ") and len(text) > 4
     assert script.main(arguments) == 0
     assert capsys.readouterr().out == text
-    refused([*arguments[:2], "--prompt="], "the prompt is empty", capsys)
+    refused([*arguments[:1], "--prompt="], "the prompt is empty", capsys)
 
 
 def refused(arguments, message, capsys):
@@ -81,11 +81,11 @@ def refused(arguments, message, capsys):
 
 
 def test_folders_without_a_language_model(tmp_path, capsys):
-    refused(["generate", f"--workdir={tmp_path / 'absent'}"], "no such folder", capsys)
-    refused(["generate", f"--workdir={tmp_path}"], "no config.json", capsys)
-    refused(["generate"], "--workdir is missing", capsys)
-    refused(["generate", "--length=x"], "length", capsys)
+    refused([f"--workdir={tmp_path / 'absent'}"], "no such folder", capsys)
+    refused([f"--workdir={tmp_path}"], "no config.json", capsys)
+    refused([], "required: --workdir", capsys)
+    refused([f"--workdir={tmp_path}", "--length=x"], "length", capsys)
     (tmp_path / "config.json").write_text(json.dumps({"config": tiny.get_config().to_dict()}))
-    refused(["generate", f"--workdir={tmp_path}"], "holds a tagger", capsys)
+    refused([f"--workdir={tmp_path}"], "holds a tagger", capsys)
     (tmp_path / "config.json").write_text(json.dumps({"config": tiny.get_config("lm").to_dict()}))
-    refused(["generate", f"--workdir={tmp_path}"], "no checkpoint yet", capsys)
+    refused([f"--workdir={tmp_path}"], "no checkpoint yet", capsys)

@@ -59,8 +59,8 @@ def test_first_layer_may_be_narrower():
 BAD = {
     "name": (lambda: build(backbone="ltsm"), "unknown backbone 'ltsm'.*lstm"),
     "ratio": (lambda: build(backbone="xlstm[1:1]", num_layers=3), "num_layers=3 must be a multiple of the 2 blocks"),
-    "empty ratio": (lambda: build(backbone="xlstm[0:0]"), "must be a multiple of the 0 blocks"),
-    "layers": (lambda: build(num_layers=0), "dim and num_layers must be at least 1, not 8 and 0"),
+    "empty ratio": (lambda: build(backbone="xlstm[0:0]"), r"xlstm\[0:0\] has no blocks"),
+    "layers": (lambda: build(num_layers=0), "num_layers is 0: at least 1 is needed"),
     "heads": (lambda: build(backbone="xlstm[0:1]", num_heads=3), "num_heads=3 must divide features=8"),
     "attention heads": (lambda: build(backbone="transformer", num_heads=8), "heads of even width"),
     "embedding": (lambda: build(backbone="transformer", embedding_dim=4), "only bare cells take others"),

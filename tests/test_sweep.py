@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,17 @@ def test_a_run_of_another_process_is_left_alone(config, tmp_path):
     assert rows.state(workdir, plan.runs[0], {}) == "missing"
 
 
+def test_a_glance_at_the_state_takes_no_run_away(config, tmp_path):
+    plan, workdir = load(config), tmp_path / "w"
+    rows.prepare(workdir, plan)
+    with open(workdir / "locks" / plan.runs[0].id, "w") as watcher:
+        fcntl.flock(watcher, fcntl.LOCK_SH)
+        assert rows.state(workdir, plan.runs[0], {}) == "missing"
+        threading.Timer(0.01, fcntl.flock, (watcher, fcntl.LOCK_UN)).start()
+        with rows.claim(workdir, plan.runs[0]) as mine:
+            assert mine and rows.state(workdir, plan.runs[0], {}) == "running"
+
+
 def test_index_runs_one(config, tmp_path, capsys):
     trainer = Trainer()
     assert start("run", config, tmp_path / "w", "--index=1", trainer=trainer) == 0
@@ -125,11 +137,16 @@ def test_index_runs_one(config, tmp_path, capsys):
 def test_plan_and_status_start_nothing(config, tmp_path, capsys):
     workdir, trainer = tmp_path / "w", Trainer()
     assert start("plan", config, workdir, trainer=trainer) == 0
-    assert not workdir.exists() and capsys.readouterr().out.count("missing") == 4
+    lines = capsys.readouterr().out.splitlines()
+    runs = load(config).runs
+    assert [line.split() for line in lines] == [[str(i), "missing", run.id] for i, run in enumerate(runs)]
+    assert not workdir.exists()
     start("run", config, workdir, trainer=Trainer(fail=["b1"]))
     capsys.readouterr()
     assert start("status", config, workdir, trainer=trainer) == 0
-    assert "3 done, 0 running, 1 failed, 0 missing" in " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["0", "done"] and lines[0].endswith("1 s")
+    assert lines[-1].startswith("3 done, 0 running, 1 failed, 0 missing") and len(lines) == 5
     assert trainer.calls == []
 
 
@@ -152,6 +169,26 @@ def test_unusable_folders_are_refused(config, tmp_path, capsys, name, content):
     error = capsys.readouterr().err
     assert "choose another folder" in error and error.count("\n") == 1
     assert (tmp_path / name).read_text() == content
+
+
+def test_wrong_arguments_end_in_one_line(config, tmp_path, capsys):
+    for arguments in (["--launcher=slrum"], ["--workerz=2"], ["--index=x"]):
+        assert start("run", config, tmp_path / "w", *arguments) == 2
+        error = capsys.readouterr().err
+        assert arguments[0].partition("=")[2] in error and error.count("\n") == 1
+    assert start("rnu", config, tmp_path / "w") == 2
+    assert "rnu" in capsys.readouterr().err and not (tmp_path / "w").exists()
+
+
+def test_a_line_that_is_no_result_row_is_named(config, tmp_path, capsys):
+    start("run", config, tmp_path / "w")
+    file = tmp_path / "w" / "results.jsonl"
+    for line, message in (('{"id": 1}', "line 1 is no result row"), ('{"id', "line 1 is no JSON")):
+        file.write_text(line + "\n")
+        capsys.readouterr()
+        assert start("status", config, tmp_path / "w") == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and file.read_text() == line + "\n"
 
 
 def test_wrong_fields_are_refused_before_anything_starts(config, tmp_path, capsys):

@@ -195,9 +195,9 @@ def test_byte_lm_is_a_pytree_whose_text_is_an_argument(text):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("party", {}, "unknown task 'party': did you mean parity"),
-        ("parity", {"length": 3}, "no option 'length': valid options are train_lengths, eval_lengths, num_eval"),
-        ("byte_lm", {"data": 3}, "no option 'data': valid options are corpus, seq_len, carries_state"),
+        ("party", {}, "unknown task 'party'; nearest: parity"),
+        ("parity", {"length": 3}, "unknown option of task parity 'length'; nearest: eval_lengths, train_lengths"),
+        ("byte_lm", {"data": 3}, "unknown option of task byte_lm 'data'; valid: corpus, seq_len, carries_state"),
         ("parity", {"train_lengths": (40, 3)}, "shortest <= longest, not"),
         ("parity", {"train_lengths": (0, 3)}, "3 <= shortest"),
         ("parity", {"eval_lengths": 40}, "must be of the kind of .40, 256., not 40"),

@@ -10,11 +10,13 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from experiments import train as script
+from experiments.build import resolve
 from tests.configs import tiny
 from tests.stand_in import Recall, model
 from xlstm_jax import metrics, optim, train
 from xlstm_jax.checkpoint import Checkpoints
 from xlstm_jax.evaluate import evaluate, token_scores
+from xlstm_jax.tasks.parity import Parity
 
 SETTINGS = {"batch_size": 4, "eval_batch_size": 8, "log_every": 5, "steps_per_dispatch": 5, "progress": False}
 
@@ -116,7 +118,8 @@ def test_a_bad_step_leaves_the_state_as_it_was():
     task, tx, tiny_model = Recall(bad_step=0), optimizer(), model()
     graphdef, params = nnx.split(tiny_model)
     state = train.init_state(tiny_model, task, tx, 4, seed=0)
-    new, row = train.train_step(state, graphdef=graphdef, task=task, tx=tx, batch_size=4)
+    step = jax.jit(lambda s: train.train_step(s, graphdef=graphdef, task=task, tx=tx, batch_size=4))
+    new, row = step(state)
     assert not row.finite
     same(new, state)
 
@@ -147,6 +150,18 @@ def test_another_model_or_seed_in_the_folder_is_refused(tmp_path):
         train.fit(model(dim=8), Recall(), optimizer(), steps=4, workdir=tmp_path, **SETTINGS)
     with pytest.raises(ValueError, match="checkpoint of step 4, but steps is 3"):
         fit(3, workdir=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    fit(4, workdir=tmp_path)
+    for path in (tmp_path / "checkpoints/4").rglob("*"):
+        if path.is_file() and (damage == "emptied" or path.name == "_METADATA"):
+            path.unlink() if damage == "emptied" else path.write_text("{")
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="checkpoints/4 is damaged .*: remove that folder to go on") as error:
+        fit(4, workdir=tmp_path)
+    assert "\n" not in str(error.value) and (tmp_path / "metrics.jsonl").read_text() == before
 
 
 def test_an_evaluation_without_batches_is_refused():
@@ -189,10 +204,18 @@ def no_cache(monkeypatch):
     [
         ({"task__name": "party"}, "unknown config.task.name 'party'; nearest: parity"),
         ({"model__backbone": "lsmt"}, "config.model: .*lstm"),
-        ({"model__dimm": 8}, "config.model: .*dimm"),
+        ({"model__dropout": 2.0}, "dropout is 2.0"),
+        ({"model__dim": -4}, "dim is -4"),
+        ({"model__dimm": 8}, "unknown field 'config.model.dimm'; nearest: config.model.dim"),
+        ({"model__context": 2}, "config.model: context is no option of this model, only of others"),
+        ({"model__dim": "wide"}, r"config.model.dim is 'wide' \(str\): int is needed"),
+        ({"model__form": "fuzed"}, "config.model: unknown form 'fuzed'"),
+        ({"model__backbone": "slstm", "model__num_heads": 3}, "num_heads=3 must divide features=8"),
+        ({"model__dtype": "float33"}, "config.model: data type 'float33'"),
         ({"task__num_evall": 8}, "'config.task.num_evall'; nearest: config.task.num_eval"),
         ({"optimizer__learning_rat": 1.0}, "nearest: config.optimizer.learning_rate"),
         ({"optimizer__learning_rate": -1.0}, "config.optimizer: learning_rate is -1.0"),
+        ({"optimizer__clip": "x"}, r"config.optimizer.clip is 'x' \(str\): float or None is needed"),
         ({"optimizer__name": "adam2"}, "config.optimizer: unknown optimizer 'adam2'; nearest: adamw"),
         ({"optimizer__warmup_steps": 21}, "config.optimizer: warmup_steps is 21"),
         ({"kind": "tager"}, "unknown config.kind 'tager'; nearest: tagger"),
@@ -200,6 +223,7 @@ def no_cache(monkeypatch):
         ({"steps": 1.5}, r"config.steps is 1.5 \(float\): an int is needed"),
         ({"batch_size": -4}, "config.batch_size is -4"),
         ({"save_every": -1}, "config.save_every is -1: at least 0"),
+        ({"seed": 2**31}, "config.seed is 2147483648: at most 2147483647"),
         ({"step": 3}, "unknown field 'config.step'; nearest: config.steps"),
         ({"model": 3}, "config.model is 3: a dictionary"),
     ],
@@ -216,7 +240,7 @@ def test_run_row_repeat_and_another_config(tmp_path, no_cache):
     assert row.keys() >= {"id", "config", "seed", "steps", "parameters", "versions", "commit", "device", "seconds"}
     assert row.keys() >= {"valid_accuracy", "test_scaled_accuracy"} and row["id"] == "run"
     record = json.loads((tmp_path / "run/config.json").read_text())
-    assert record["parameters"] == row["parameters"] and record["config"] == script.resolve(config())
+    assert record["parameters"] == row["parameters"] and record["config"] == resolve(config())
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert script.run(config(), tmp_path / "run", progress=False) == row
     with pytest.raises(
@@ -238,6 +262,30 @@ def test_a_folder_that_cannot_be_used(tmp_path):
         script.run(config(), tmp_path / "foreign", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"config": {', "is no JSON"), ("[]", "is no JSON object"), ("{}", "holds no config")],
+)
+def test_a_damaged_record_is_named_and_kept(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"config.json.*{message}.*: restore it or choose another folder"):
+        script.run(config(), tmp_path, progress=False)
+    assert (tmp_path / "config.json").read_text() == content
+
+
+def test_a_label_outside_the_vocabulary_stops_the_run_before_it_starts(tmp_path, no_cache, monkeypatch):
+    batch = Parity.batch
+
+    def shifted(*args):
+        drawn = batch(*args)
+        return drawn._replace(targets=drawn.targets + 1)
+
+    monkeypatch.setattr(Parity, "batch", shifted)
+    with pytest.raises(ValueError, match="parity: targets hold 3, outside 0 .. 2"):
+        script.run(config(task__num_eval=24), tmp_path / "run", progress=False)  # a task of its own: nothing cached
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(script.os, "access", lambda *_: False)  # the tests may run as root
     with pytest.raises(ValueError, match="cannot be written"):
@@ -257,15 +305,21 @@ TINY = "--config=tests/configs/tiny.py"
         ([TINY, "--config.steps"], "config.steps"),
         ([TINY + ":nonsense"], "tiny.py takes no argument or lm"),
         (["--config=tests/configs/absent.py"], "absent.py"),
-        ([], "--config is missing"),
+        ([], "required: --config"),
         ([TINY, "--wrkdir=x"], "wrkdir"),
         ([TINY, "steps=3"], "unknown argument 'steps=3'"),
         ([TINY, "--config.task.name=party"], "nearest: parity"),
+        ([TINY, "--config.+model.foo=3"], "unknown field 'config.model.foo'"),
+        ([TINY, "--config.+modle.foo=3"], "unknown section 'modle'; nearest: model"),
+        ([TINY, "--config.+task.num_evall=8"], "nearest: config.task.num_eval"),
+        ([TINY, "--config.model.backbone=mlstm", "--config.+model.num_heads=3"], "num_heads=3 must divide"),
+        ([TINY + ":lm", "--config.+task.corpus=file:absent.txt"], "cannot read corpus file absent.txt"),
+        ([TINY + ":lm", "--config.task.seq_len=0"], "seq_len must be at least 1"),
     ],
 )
 def test_a_wrong_command_line_ends_in_one_line_and_code_2(arguments, message, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(request.config.rootpath)
-    assert script.main(["train", f"--workdir={tmp_path / 'run'}", *arguments]) == 2
+    assert script.main([f"--workdir={tmp_path / 'run'}", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -273,12 +327,15 @@ def test_a_wrong_command_line_ends_in_one_line_and_code_2(arguments, message, tm
 
 def test_the_workdir_is_asked_for(monkeypatch, capsys, request):
     monkeypatch.chdir(request.config.rootpath)
-    assert script.main(["train", TINY]) == 2
-    assert "--workdir is missing" in capsys.readouterr().err
+    assert script.main([TINY]) == 2
+    assert "required: --workdir" in capsys.readouterr().err
 
 
-def test_divergence_is_code_1(tmp_path, monkeypatch, capsys, request, no_cache):
+def test_divergence_is_code_1(tmp_path, monkeypatch, capsys, request):
+    def diverge(*_):
+        raise train.Diverged("diverged at step 3: loss nan")
+
     monkeypatch.chdir(request.config.rootpath)
-    arguments = ["--config.optimizer.learning_rate=1e38", "--config.optimizer.warmup_steps=0"]
-    assert script.main(["train", f"--workdir={tmp_path / 'run'}", TINY, *arguments]) == 1
-    assert "diverged at step" in capsys.readouterr().err
+    monkeypatch.setattr(script, "run", diverge)
+    assert script.main([f"--workdir={tmp_path / 'run'}", TINY]) == 1
+    assert capsys.readouterr().err == "error: diverged at step 3: loss nan\n"

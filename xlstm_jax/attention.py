@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from .cells.base import Cell, check_inputs, masked
@@ -36,7 +37,15 @@ class Attention(Cell):
     """
 
     def __init__(
-        self, features, *, num_heads=4, context=512, num_blocks=1, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs
+        self,
+        features: int,
+        *,
+        num_heads: int = 4,
+        context: int = 512,
+        num_blocks: int = 1,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
     ):
         if num_heads < 1 or features % (2 * num_heads):
             raise ValueError(f"num_heads={num_heads} must divide features={features} into heads of even width")

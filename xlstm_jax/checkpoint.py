@@ -13,6 +13,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self._folder = Path(folder).absolute()
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f"{self._folder} is a file: checkpoints need a folder of this name")
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(
             self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
@@ -36,8 +38,8 @@ class Checkpoints:
         """The checkpoint of `step`, with the structure, dtypes and shardings of `like`."""
         named = _named(like)
         abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in named.items()}
-        saved = self._manager.item_metadata(step)
-        shapes = {k: (tuple(x.shape), str(x.dtype)) for k, x in dict(saved or {}).items()}
+        saved = self._metadata(step)
+        shapes = {k: (tuple(x.shape), str(x.dtype)) for k, x in saved.items()}
         wanted = {k: (tuple(x.shape), str(x.dtype)) for k, x in named.items()}
         if shapes != wanted:
             differ = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))
@@ -45,13 +47,13 @@ class Checkpoints:
                 f"checkpoint {self._folder / str(step)} is another model: {differ[0]} is {shapes.get(differ[0])} there,"
                 f" {wanted.get(differ[0])} here ({len(differ)} of {len(wanted)} arrays differ)"
             )
-        restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        restored = self._read(step, abstract)
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in named])
 
     def restore_part(self, step: int, prefix: str, like: PyTree) -> PyTree:
         """Only the part of a saved tree under the field `prefix` (say "params"); `like` may be abstract."""
         named = {f"{prefix}.{name}": x for name, x in _named(like).items()}
-        saved = dict(self._manager.item_metadata(step))
+        saved = self._metadata(step)
         missing = [name for name, x in named.items() if name not in saved or tuple(saved[name].shape) != x.shape]
         if missing:
             raise ValueError(
@@ -59,8 +61,33 @@ class Checkpoints:
             )
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices it was saved from
         abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in saved.items()}
-        restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        restored = self._read(step, abstract)
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in named])
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        """Shape and dtype of every saved array."""
+        if not (self._folder / str(step) / "_CHECKPOINT_METADATA").is_file():
+            raise self._damaged(step, "its _CHECKPOINT_METADATA is missing")
+        try:
+            saved = dict(self._manager.item_metadata(step) or {})
+        except Exception as error:  # orbax has no common error for what it cannot read
+            raise self._damaged(step, error) from error
+        if not saved:
+            raise self._damaged(step, "it holds no arrays")
+        return saved
+
+    def _read(self, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, reason: object) -> ValueError:
+        reason = " ".join(str(reason).split())[:120]
+        return ValueError(
+            f"checkpoint {self._folder / str(step)} is damaged ({reason}): remove that folder to go on from the one"
+            " before it, or from the start"
+        )
 
     def close(self) -> None:
         """Wait for what is being written."""

@@ -68,6 +68,8 @@ class CausalConv(nnx.Module):
     """
 
     def __init__(self, features: int, width: int = 4, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        if width < 1:
+            raise ValueError(f"the convolution's width is {width}: at least 1 is needed")
         self.width, self.features, self.dtype, self.param_dtype = width, features, dtype, param_dtype
         bound = 1 / math.sqrt(width)  # torch's default, in which the papers' models were trained
         uniform = lambda shape: jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)  # noqa: E731

@@ -52,6 +52,9 @@ def read(path: str | os.PathLike) -> list[dict]:
 def truncate(path: str | os.PathLike, step: int) -> list[dict]:
     """Keep what a run had written when it saved at `step`: train rows up to it, others before it. Returns the rows."""
     rows = read(path)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {number} names no step: {str(row)[:60]}")
     kept = [r for r in rows if r["step"] < step or (r["step"] == step and r.get("split", "train") == "train")]
     if Path(path).exists():
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -1,7 +1,7 @@
 """Optimisers: AdamW with warm-up, cosine decay, gradient clip, and weight decay on matrices only."""
 
-import difflib
 import functools
+import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
+
+from xlstm_jax.names import unknown
 
 OPTIMISERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "constant")
@@ -24,14 +26,6 @@ class LearningRateState(NamedTuple):
 
     count: Int[Array, ""]
     learning_rate: Float[Array, ""]
-
-
-def unknown(what: str, name: object, valid: Iterable[str]) -> str:
-    """One line about an unknown name, the nearest valid ones first."""
-    valid = list(valid)
-    nearest = difflib.get_close_matches(str(name), valid, n=3)
-    hint = f"nearest: {', '.join(nearest)}; " if nearest else ""
-    return f"unknown {what} {name!r}; {hint}valid: {', '.join(valid)}"
 
 
 def make(
@@ -59,8 +53,8 @@ def make(
         raise ValueError(f"steps is {steps}: at least 1 is needed")
     if not 0 <= warmup_steps <= steps:
         raise ValueError(f"warmup_steps is {warmup_steps}: it must lie between 0 and steps ({steps})")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate is {learning_rate}: it must be positive")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate}: it must be positive and finite")
     if not 0 <= min_learning_rate <= learning_rate:
         raise ValueError(
             f"min_learning_rate is {min_learning_rate}: it must lie between 0 and learning_rate ({learning_rate})"

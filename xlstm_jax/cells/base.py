@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from ..kernels.recurrent import recurrent
+from ..names import unknown
 
 Initializer = jax.nn.initializers.Initializer
 INITIALIZERS = {
@@ -22,7 +23,7 @@ INITIALIZERS = {
 def initializer(init: Initializer | str) -> Initializer:
     """An initialiser by name, or the function as it is."""
     if isinstance(init, str) and init not in INITIALIZERS:
-        raise ValueError(f"unknown initialiser {init!r}; there are {sorted(INITIALIZERS)}")
+        raise ValueError(unknown("initialiser", init, INITIALIZERS))
     return INITIALIZERS[init] if isinstance(init, str) else init
 
 

@@ -7,8 +7,8 @@
 "transformer"   pre-norm attention with rotary positions and SwiGLU, Llama's design (arXiv:2302.13971)
 """
 
-import difflib
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ from .. import cells
 from ..attention import Attention
 from ..blocks import Block, MLSTMLayer, SLSTMLayer, Stack
 from ..layers import GatedFeedForward, round_up
+from ..names import unknown
 
+exact_gelu = partial(jax.nn.gelu, approximate=False)  # the published feed-forward part uses erf
 BACKBONES = [
     *cells.CELLS,
     *(f"{name}_block" for name in cells.CELLS),
@@ -46,13 +48,15 @@ def backbone(
 
     `in_features`: width of the inputs where it is not `dim`, for bare cells only (there is no residual connection).
     """
+    ratio = re.fullmatch(r"xlstm\[(\d+):(\d+)\]", name)
+    if name not in BACKBONES and not ratio:
+        raise ValueError(unknown("backbone", name, BACKBONES) + " (xlstm[a:b] for any a and b)")
     in_features = in_features or dim
     if in_features != dim and name not in cells.CELLS:
         raise ValueError(f"{name} needs inputs of its own width {dim}, not {in_features}; only bare cells take others")
     if dim < 1 or num_layers < 1:
         raise ValueError(f"dim and num_layers must be at least 1, not {dim} and {num_layers}")
     shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    exact_gelu = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731 (the published feed-forward uses erf)
 
     def norm(epsilon=1e-5):
         return nnx.LayerNorm(dim, epsilon=epsilon, use_bias=False, **shared)
@@ -60,9 +64,11 @@ def backbone(
     def gated(factor, activation):
         return GatedFeedForward(dim, round_up(factor * dim), activation=activation, num_blocks=num_layers, **shared)
 
-    if ratio := re.fullmatch(r"xlstm\[(\d+):(\d+)\]", name):
+    if ratio:
         group = ("mlstm",) * int(ratio[1]) + ("slstm",) * int(ratio[2])
-        if not group or num_layers % len(group):
+        if not group:
+            raise ValueError(f"{name} has no blocks")
+        if num_layers % len(group):
             raise ValueError(f"num_layers={num_layers} must be a multiple of the {len(group)} blocks of {name}")
         pattern = group * (num_layers // len(group))
         slstm_only = {"slstm_conv_width", "recurrent_init"} & set(options)
@@ -83,7 +89,8 @@ def backbone(
             rms = [nnx.RMSNorm(dim, epsilon=1e-6, **shared) for _ in range(2)]
             return Block(mixer, norm=rms[0], ffn=gated(8 / 3, jax.nn.silu), ffn_norm=rms[1], dropout=dropout)
 
-    elif (kind := name.removesuffix("_block")) in cells.CELLS:
+    else:
+        kind = name.removesuffix("_block")
         in_block = name != kind
         pattern = ("first" if in_features != dim else name, *(name,) * (num_layers - 1))
 
@@ -93,7 +100,4 @@ def backbone(
                 return Block(mixer, residual=False, dropout=dropout)
             return Block(mixer, norm=norm(), ffn=gated(1.3, exact_gelu), ffn_norm=norm(), dropout=dropout)
 
-    else:
-        near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.3)
-        raise ValueError(f"unknown backbone {name!r}; did you mean {near}? There are {BACKBONES} (any a:b of xlstm)")
     return Stack(make, pattern)

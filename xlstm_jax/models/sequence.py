@@ -32,6 +32,11 @@ class Tagger(Cell):
         **options,
     ):
         """embedding_dim: if not `dim` (bare cells only); options: of the backbone's cells or mixers."""
+        for what, value in {"dim": dim, "num_layers": num_layers, "embedding_dim": embedding_dim}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{what} is {value}: at least 1 is needed")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}: it must lie in [0, 1)")
         embedding_dim = embedding_dim or dim
         self.vocab_size, self.num_classes, self.dropout = vocab_size, num_classes, dropout
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -1,9 +1,9 @@
 """Tasks by name: `make("parity", train_lengths=(3, 40))`."""
 
 import dataclasses
-import difflib
 from typing import Any
 
+from xlstm_jax.names import unknown
 from xlstm_jax.tasks.byte_lm import ByteLM
 from xlstm_jax.tasks.cycle_navigation import CycleNavigation
 from xlstm_jax.tasks.even_pairs import EvenPairs
@@ -25,13 +25,12 @@ TASKS = {
 def make(name: str, **options: Any) -> Any:
     """The task called `name`; options are the fields of its class."""
     if name not in TASKS:
-        nearest = difflib.get_close_matches(str(name), TASKS, n=3) or sorted(TASKS)
-        raise ValueError(f"unknown task {name!r}: did you mean {' or '.join(nearest)}?")
+        raise ValueError(unknown("task", name, TASKS))
     defaults = {field.name: field.default for field in dataclasses.fields(TASKS[name]) if field.init}
     options = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
     for option, value in options.items():
         if option not in defaults:
-            raise ValueError(f"task {name} has no option {option!r}: valid options are {', '.join(defaults)}")
+            raise ValueError(unknown(f"option of task {name}", option, defaults))
         if not _same_type(value, defaults[option]):
             raise ValueError(f"task {name}: {option} must be of the kind of {defaults[option]!r}, not {value!r}")
     return TASKS[name](**options)

@@ -1,0 +1,153 @@
+"""From a config to what it names: the resolved values, the task, the model and the optimiser."""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import re
+from types import NoneType, UnionType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from xlstm_jax import attention, blocks, cells, models, optim, tasks
+from xlstm_jax.names import unknown
+
+KINDS = ("tagger", "lm")
+SECTIONS = ("model", "task", "optimizer")
+COUNTS = {"steps": None, "batch_size": None, "log_every": 100, "eval_batch_size": None, "steps_per_dispatch": 10}
+INTERVALS = {"seed": None, "eval_every": 0, "save_every": 0}  # these may be 0
+REQUIRED = ("kind", *SECTIONS, "steps", "batch_size", "seed")
+FIELDS = ("kind", *SECTIONS, *COUNTS, *INTERVALS)
+PLAIN = {bool, int, float, str, NoneType}
+LARGEST = 2**31 - 1  # steps and seeds are int32 on the device
+
+
+def resolve(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON values with every default filled in; ValueError for a wrong field, type or number."""
+    try:
+        plain = json.loads(json.dumps(config.to_dict() if isinstance(config, ConfigDict) else dict(config)))
+    except TypeError as error:
+        raise ValueError(f"config: {error}: only numbers, strings, booleans, None, lists and dictionaries") from error
+    for name in plain:
+        if name not in FIELDS:
+            raise ValueError(unknown("field", f"config.{name}", [f"config.{field}" for field in FIELDS]))
+    for name in REQUIRED:
+        if name not in plain:
+            raise ValueError(f"config.{name} is missing")
+    for name in SECTIONS:
+        if not isinstance(plain[name], dict):
+            raise ValueError(f"config.{name} is {plain[name]!r}: a dictionary of arguments is needed")
+    if plain["kind"] not in KINDS:
+        raise ValueError(unknown("config.kind", plain["kind"], KINDS))
+    plain = {**COUNTS, **INTERVALS, **plain}
+    plain["eval_batch_size"] = plain["eval_batch_size"] or plain["batch_size"]
+    for name, least in {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(INTERVALS, 0)}.items():
+        if type(plain[name]) is not int:
+            raise ValueError(f"config.{name} is {plain[name]!r} ({type(plain[name]).__name__}): an int is needed")
+        if not least <= plain[name] <= LARGEST:
+            bound = f"at least {least}" if plain[name] < least else f"at most {LARGEST}"
+            raise ValueError(f"config.{name} is {plain[name]}: {bound} is needed")
+    return plain
+
+
+def build_task(plain: dict[str, Any]):
+    """The task that the resolved config names."""
+    options = dict(plain["task"])
+    name = options.pop("name", None)
+    if name not in tasks.TASKS:
+        raise ValueError(unknown("config.task.name", name, tasks.TASKS))
+    fields = [field.name for field in dataclasses.fields(tasks.TASKS[name]) if field.init]
+    _check_options("task", options, dict.fromkeys(fields))  # `tasks.make` knows their types
+    with _about("task"):
+        task = tasks.make(name, **options)
+    if plain["kind"] == "lm" and task.num_classes != task.vocab_size:
+        raise ValueError(f"config.kind is 'lm', but the task {name} has classes that are no tokens: use 'tagger'")
+    return task
+
+
+def build_model(plain: dict[str, Any], task, seed) -> nnx.Module:
+    """The model of the resolved config, initialised from the seed."""
+    _check_options("model", plain["model"], _model_options())
+    rngs = nnx.Rngs(jax.random.key(seed))
+    with _about("model"):
+        if plain["kind"] == "lm":
+            return models.LM(task.vocab_size, rngs=rngs, **plain["model"])
+        return models.Tagger(task.vocab_size, task.num_classes, rngs=rngs, **plain["model"])
+
+
+def abstract_model(plain: dict[str, Any], task) -> tuple[nnx.GraphDef, PyTree]:
+    """Graph and shapes of the model, built and applied to two tokens without computing: finds every wrong option."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: build_model(plain, task, 0)))
+
+    def apply(params, tokens):
+        return nnx.merge(graphdef, params)(tokens, key=jax.random.key(0))[0]
+
+    with _about("model"):
+        jax.eval_shape(apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    return graphdef, shapes
+
+
+def build_optimizer(plain: dict[str, Any]):
+    """The optimiser of the resolved config; its number of steps is the run's."""
+    options = _annotations(optim.make)
+    del options["steps"]
+    _check_options("optimizer", plain["optimizer"], options)
+    if "learning_rate" not in plain["optimizer"]:
+        raise ValueError("config.optimizer.learning_rate is missing")
+    with _about("optimizer"):
+        return optim.make(**plain["optimizer"], steps=plain["steps"])
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat = {}
+    for name, value in nested.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _check_options(section: str, options: dict[str, Any], valid: dict[str, Any]) -> None:
+    """Names, and types where the annotation in `valid` is a plain one."""
+    for name, value in options.items():
+        if name not in valid:
+            raise ValueError(unknown("field", f"config.{section}.{name}", [f"config.{section}.{v}" for v in valid]))
+        kinds = valid[name].__args__ if isinstance(valid[name], UnionType) else (valid[name],)
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+        if not fits and PLAIN.issuperset(kinds):
+            wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+            given = type(value).__name__
+            raise ValueError(f"config.{section}.{name} is {value!r} ({given}): {wanted} is needed")
+
+
+@functools.cache
+def _model_options() -> dict[str, Any]:
+    """Every option that some model, cell or mixer takes, and its annotation."""
+    makers = (models.LM, models.Tagger, *cells.CELLS.values())
+    makers += (blocks.MLSTMLayer, blocks.SLSTMLayer, attention.Attention)
+    found = {"slstm_conv_width": int}
+    for each in (parent for maker in makers for parent in maker.__mro__ if parent.__module__.startswith("xlstm_jax")):
+        given = _annotations(each.__init__)
+        found |= {name: kind for name, kind in given.items() if found.get(name) in (None, inspect.Parameter.empty)}
+    return {name: kind for name, kind in found.items() if name not in ("self", "args", "kwargs", "options", "rngs")}
+
+
+def _annotations(function) -> dict[str, Any]:
+    return {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
+
+
+@contextlib.contextmanager
+def _about(section: str):
+    """Complaints from inside name the section of the config that they are about."""
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError) as error:
+        words = " ".join(str(error).split())
+        if foreign := re.search(r"unexpected keyword argument '(\w+)'", words):
+            words = f"{foreign[1]} is no option of this {section}, only of others"
+        raise ValueError(f"config.{section}: {words}") from error
