@@ -43,7 +43,7 @@ PRESETS = {
         dropout=0.2,
         models={
             "lstm": {"model.dim": 448, "model.num_layers": 1, "model.embedding_dim": 64},
-            "xlstm[1:1]": {"model.dim": 192, "model.num_layers": 2, "model.embedding_dim": 192},
+            "xlstm[1:1]": {"model.dim": 192, "model.num_layers": 2, "model.embedding_dim": 192, "steps": 1_000},
         },
         seconds={"lstm": 1_800, "xlstm[1:1]": 1_800},
     ),
@@ -74,7 +74,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval_every = max(numbers["steps"] // 6, 1)
     config.save_every = max(numbers["steps"] // 6, 1)
     config.log_every = 20
-    config.eval_batch_size = 64
+    config.eval_batch_size = (
+        8  # streams that a split is read in, each from an empty state: few, so that little is read cold
+    )
     config.steps_per_dispatch = 20
     config.update_from_flattened_dict(numbers["models"][model])
     if debug:
