@@ -201,5 +201,6 @@ TABLE = dict(
     "models of 2 blocks (LSTM: 2 layers), the same pre-drawn samples for all models. Here: {config[steps]:,} steps of "
     "batch {config[batch_size]}, learning rate {swept[optimizer.learning_rate]}, seeds {swept[seed]}, "
     "{config[model][num_layers]} blocks of width {config[model][dim]} (demo and reduced: LSTM and GRU one bare layer "
-    "of width 64, in the demo 1,500 steps), fresh training samples at every step, {config[task][num_eval]:,} test samples.",
+    "of width 64, in the demo 1,500 steps), fresh training samples at every step, "
+    "{config[task][num_eval]:,} test samples.",
 )
