@@ -117,6 +117,7 @@ def check(subject: Subject, *, seed: int = 0) -> None:
         ]
         reference = reference or results
         close(results, reference, what=f"{form} differs from {subject.forms[0]}")
+    jax.block_until_ready(jax.jit(lambda state: state, donate_argnums=0)(module.initial_state(B)))  # no leaf twice
     for part in (whole_or_in_parts, masked_is_compacted, packed_is_alone, causal, transforms):
         part(subject, case)
     low_precision(subject, xs, mask, reset)

@@ -59,8 +59,8 @@ class Attention(Cell):
     def initial_state(self, batch_size: int) -> AttentionState:
         """An empty cache."""
         shape = (batch_size, self.context, self.num_heads, self.features // self.num_heads)
-        kv = jnp.zeros(shape, jnp.promote_types(self.param_dtype, jnp.float32))
-        return AttentionState(kv, kv, jnp.full(shape[:2], -1, jnp.int32), jnp.zeros(batch_size, jnp.int32))
+        k, v = (jnp.zeros(shape, jnp.promote_types(self.param_dtype, jnp.float32)) for _ in "kv")
+        return AttentionState(k, v, jnp.full(shape[:2], -1, jnp.int32), jnp.zeros(batch_size, jnp.int32))
 
     def __call__(
         self,

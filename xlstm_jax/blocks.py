@@ -193,10 +193,9 @@ class SLSTMLayer(Cell):
 
     def initial_state(self, batch_size: int) -> SLSTMLayerState:
         """Empty cell and convolution window."""
-        zeros = jnp.zeros((batch_size, self.features), jnp.promote_types(self.param_dtype, jnp.float32))
-        return SLSTMLayerState(
-            SLSTMState(zeros, zeros, zeros, zeros), None if self.conv is None else self.conv.initial_state(batch_size)
-        )
+        dtype = jnp.promote_types(self.param_dtype, jnp.float32)
+        cell = SLSTMState(*(jnp.zeros((batch_size, self.features), dtype) for _ in SLSTMState._fields))
+        return SLSTMLayerState(cell, None if self.conv is None else self.conv.initial_state(batch_size))
 
     def __call__(
         self,
