@@ -111,9 +111,8 @@ class CausalConv(nnx.Module):
             state = window[:, T:]
         else:
             ys = jnp.take_along_axis(ys, place[..., None], axis=1)
-            last = (
-                mask.sum(axis=1)[:, None] + jnp.arange(W)[None]
-            )  # the W entries of the window that end at the last valid step
+            # the W entries of the window that end at the last valid step
+            last = mask.sum(axis=1)[:, None] + jnp.arange(W)[None]
             state = jnp.take_along_axis(window, last[..., None], axis=1)
             segment = None if segment is None else jnp.take_along_axis(segment, last, axis=1)
         if segment is not None:
