@@ -1,0 +1,243 @@
+"""Why LSTMs remember: python -m experiments.gradient_flow --workdir=DIR [--steps=500 --dim=64 --cells=lstm,gru ...]
+
+Draws |dL/ds_t| against the distance T - t for cells at their initialisation, and how long their forget gates keep what
+they hold. L is a random projection of the last output; the inputs are white noise, or the tokens of a task (one-hot).
+Writes DIR/gradient_flow.png and DIR/gradient_flow.jsonl, one row a cell and initialisation. It computes in float64, so
+that what vanishes is seen and not rounded to zero.
+"""
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments import command
+from experiments.train import use_compilation_cache
+from xlstm_jax import analysis, cells, metrics, tasks
+from xlstm_jax.names import unknown
+from xlstm_jax.tasks.formal import FormalLanguage
+
+
+def identity(key, shape, dtype=jnp.float32):
+    return jnp.eye(*shape, dtype=dtype)
+
+
+def gaussian(gain: float):
+    """Independent entries, scaled so that the spectral radius is near `gain`."""
+    return jax.nn.initializers.variance_scaling(gain**2, "fan_in", "normal")
+
+
+# cell, what it is called, its options: a row more or less is a line here
+ROWS = (
+    ("elman", "Elman, Gaussian R, gain 0.5", {"recurrent_init": gaussian(0.5)}),
+    ("elman", "Elman, orthogonal R", {"recurrent_init": "orthogonal"}),
+    ("elman", "Elman, identity R", {"recurrent_init": identity}),
+    ("elman", "Elman, Gaussian R, gain 2.5", {"recurrent_init": gaussian(2.5)}),
+    ("lstm", "LSTM, forget bias 0", {"forget_bias": 0.0}),
+    ("lstm", "LSTM, forget bias 1", {"forget_bias": 1.0}),
+    ("lstm", "LSTM, forget bias 3", {"forget_bias": 3.0}),
+    ("gru", "GRU", {}),
+    ("slstm", "sLSTM, power-law forget bias", {}),
+    ("mlstm", "mLSTM, forget bias 3 to 6", {}),
+)
+FILE = "gradient_flow"
+EVERY = 10  # lags between the numbers that a result row keeps
+COLOURS = {"elman": "#D55E00", "lstm": "#0072B2", "gru": "#E69F00", "slstm": "#009E73", "mlstm": "#CC79A7"}
+OTHERS = ("#000000", "#56B4E9", "#8C8C8C", "#7A4B00")  # colours of other cells; all by Okabe and Ito, or told by grey
+QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
+STYLES = ("-", "--", "-.", ":")
+
+
+class Settings(NamedTuple):
+    """Of all rows."""
+
+    steps: int
+    dim: int
+    batch: int
+    seed: int
+    task: str
+
+
+class Measured(NamedTuple):
+    """What is known of one row; lags k = 1 .. T."""
+
+    gradient: np.ndarray  # (T,): |dL/ds_{T-k}|, mean over the batch
+    log_forget: np.ndarray | None  # (B, T, ...)
+    saturation: dict[str, list[float]]  # by gate: mean shares below 0.05 and above 0.95
+
+    @property
+    def relative(self) -> np.ndarray:
+        """To lag 1, the state that enters the last step."""
+        return self.gradient / self.gradient[0]
+
+    @property
+    def half_lives(self) -> list[float] | None:
+        """Of the forget gate, in steps: QUANTILES over rows, steps and units."""
+        if self.log_forget is None:
+            return None
+        quantiles = np.quantile(self.log_forget, QUANTILES)
+        return [float(value) for value in analysis.half_life_of_log(quantiles)]
+
+
+def choose(names: str) -> list[tuple[str, str, dict]]:
+    """The rows of the cells "a,b"; a cell that ROWS has no row for stands for itself, as it is by default."""
+    chosen = []
+    for name in names.split(","):
+        if name not in cells.CELLS:
+            raise ValueError(unknown("cell", name, cells.CELLS))
+        chosen += [row for row in ROWS if row[0] == name] or [(name, cells.CELLS[name].__name__, {})]
+    return chosen
+
+
+def inputs(settings: Settings) -> jax.Array:
+    """(B, T, D_in): white noise of width `dim`, or a task's first training batch of full length, one-hot."""
+    if settings.task == "noise":
+        shape = settings.batch, settings.steps, settings.dim
+        return jax.random.normal(jax.random.key(settings.seed), shape, jnp.float64)
+    if settings.task not in tasks.TASKS:
+        raise ValueError(unknown("task", settings.task, ["noise", *tasks.TASKS]))
+    kind = tasks.TASKS[settings.task]
+    formal = issubclass(kind, FormalLanguage)
+    length = {"train_lengths": (settings.steps + 1,) * 2} if formal else {"seq_len": settings.steps}
+    task = kind(**length)
+    tokens = task.batch("train", settings.seed, 0, settings.batch).inputs
+    return jax.nn.one_hot(tokens, task.vocab_size, dtype=jnp.float64)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def probe(graphdef, params, xs, direction) -> tuple[jax.Array, jax.Array | None, dict]:
+    """Gradient norms (B, T), log of the forget factor (B, T, ...), saturation of the gates."""
+    cell = nnx.merge(graphdef, params)
+    gradients = analysis.state_gradients(cell, xs, lambda ys: jnp.sum(ys[:, -1] @ direction))
+    norms = analysis.gradient_norms(gradients)["state"]
+    try:
+        return norms, analysis.log_forget(cell, xs), analysis.gate_saturation(cell, xs)
+    except ValueError:  # a cell without gates, or with gates that are known to its rule alone
+        return norms, None, {}
+
+
+def measure(name: str, options: dict[str, Any], xs: jax.Array, settings: Settings) -> Measured:
+    """One cell, initialised from the seed."""
+    rngs = nnx.Rngs(jax.random.key(settings.seed))
+    cell = cells.CELLS[name](xs.shape[-1], settings.dim, param_dtype=jnp.float64, rngs=rngs, **options)
+    direction = jax.random.normal(jax.random.key(settings.seed + 1), (settings.dim,), jnp.float64)
+    norms, log_forget, saturation = jax.device_get(probe(*nnx.split(cell), xs, direction))
+    shares = {gate: [round(float(share.mean()), 4) for share in shares] for gate, shares in saturation.items()}
+    return Measured(norms.mean(axis=0)[::-1], log_forget, shares)
+
+
+def draw(rows: list[tuple], found: list[Measured], settings: Settings, file: Path) -> None:
+    """Gradient against lag, without gates and with, and how the half-lives of the forget gates are spread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(name for name, *_ in rows))
+    others = iter(OTHERS * len(names))
+    colours = {name: COLOURS.get(name) or next(others) for name in names}
+    styles = [STYLES[[n for n, *_ in rows[:index]].count(name) % len(STYLES)] for index, (name, *_) in enumerate(rows)]
+    lags = np.arange(1, settings.steps + 1)
+    gated = [index for index, each in enumerate(found) if each.log_forget is not None]
+    plain = [index for index in range(len(rows)) if index not in gated]
+    panels = [(plain, "Without gates", 1e-60, 1e60)] * bool(plain) + [(gated, "With gates", 1e-20, 1e20)] * bool(gated)
+    width = 4.6 * len(panels) + 4.4 * bool(gated)
+    figure, axes = pyplot.subplots(
+        1, len(panels) + bool(gated), figsize=(width, 4.6), squeeze=False, layout="constrained"
+    )
+    for axis, (members, title, low, high) in zip(axes[0], panels):
+        for index in members:
+            name, label, _ = rows[index]
+            style = dict(color=colours[name], linestyle=styles[index], linewidth=1.8)
+            axis.plot(lags, np.where(found[index].relative > 0, found[index].relative, np.nan), label=label, **style)
+        for index in plain if members is gated else ():
+            (line,) = axis.plot(lags, found[index].relative, color="#BBBBBB", linewidth=0.9, zorder=1)
+            line.set_label("without gates" if index == plain[0] else None)
+        values = np.concatenate([found[index].relative for index in members])
+        top = 10 * np.clip(values[np.isfinite(values)].max(), 1, high)
+        axis.set(yscale="log", ylim=(max(low, 0.1 * values.min()), top), xlim=(0, settings.steps), title=title)
+        axis.set(xlabel=r"lag $T - t$, steps", ylabel=r"$|\partial L/\partial s_t|$ relative to lag 1")
+        axis.axhline(1, color="#999999", linewidth=0.8, zorder=0)
+        axis.legend(frameon=False, fontsize=8, loc="best", handlelength=3.4)
+    if gated:
+        axis = axes[0][-1]
+        for place, index in enumerate(reversed(gated)):
+            name, label, _ = rows[index]
+            least, low, middle, high, most = found[index].half_lives
+            axis.plot((least, most), (place, place), color=colours[name], linewidth=0.9)
+            axis.plot((low, high), (place, place), color=colours[name], linewidth=3.5, solid_capstyle="butt")
+            axis.plot(middle, place, "o", color=colours[name], markersize=7)
+        axis.axvline(settings.steps, color="#999999", linewidth=0.8, zorder=0)
+        note = dict(rotation=90, ha="right", va="center", fontsize=8, color="#666666")
+        axis.text(settings.steps, (len(gated) - 1) / 2, f"{settings.steps} steps", **note)
+        axis.set_yticks(range(len(gated)), [rows[index][1] for index in reversed(gated)], fontsize=8)
+        axis.set(
+            xscale="log",
+            xlabel=r"half-life $\ln 2\,/\,{-\ln f}$ (median, 10–90 %, 1–99 %), steps",
+            title="Forget gates: median, 10–90 %, 1–99 %",
+        )
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    what = "white noise" if settings.task == "noise" else settings.task
+    figure.suptitle(f"Why LSTMs remember: the gradient of the last output, {settings.steps} steps of {what}, untrained")
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
+def table(rows: list[tuple], found: list[Measured], settings: Settings) -> str:
+    """The gradient that is left after a fifth of the way back and at its end, and the forget gate's median half-life."""
+    shown = sorted({max(settings.steps // 5, 1), settings.steps})
+    width = max(len(label) for _, label, _ in rows)
+    lines = ["".ljust(width) + "".join(f"  lag {lag:>5}" for lag in shown) + "  half-life"]
+    for (_, label, _), each in zip(rows, found):
+        kept = "".join(f"  {each.relative[lag - 1]:9.1e}" for lag in shown)
+        lines.append(label.ljust(width) + kept + (f"  {each.half_lives[2]:9.2f}" if each.half_lives else "          –"))
+    return "\n".join(lines)
+
+
+def record(row: tuple, each: Measured, settings: Settings) -> dict[str, Any]:
+    """A result row: the curve at every EVERY-th lag."""
+    lags = [1, *range(EVERY, settings.steps + 1, EVERY)]
+    curve = {"lags": lags, "gradient": [float(f"{each.gradient[lag - 1]:.4g}") for lag in lags]}
+    config = {"cell": row[0], "initialisation": row[1]} | settings._asdict()
+    measured = curve | {"half_life": each.half_lives, "saturation": each.saturation}
+    return {"config": config} | metrics.environment() | measured
+
+
+@command.exit_code
+def main(argv: list[str]) -> int:
+    arguments = command.Arguments("gradient_flow", __doc__)
+    arguments.add_argument("--workdir", type=Path, required=True, help="folder for the picture and the numbers")
+    arguments.add_argument("--steps", type=int, default=500, help="T")
+    arguments.add_argument("--dim", type=int, default=64, help="width of the cells")
+    arguments.add_argument("--batch", type=int, default=8, help="rows")
+    arguments.add_argument("--seed", type=int, default=0, help="of the parameters, the inputs and the projection")
+    arguments.add_argument("--task", default="noise", help="whose tokens are the inputs; noise: white noise")
+    arguments.add_argument("--cells", default=",".join(dict.fromkeys(row[0] for row in ROWS)), help="a,b,...")
+    options = arguments.parse_args(argv)
+    settings = Settings(*(getattr(options, name) for name in Settings._fields))
+    for name, least in {"steps": 2, "dim": 1, "batch": 1, "seed": 0}.items():
+        if getattr(settings, name) < least:
+            raise ValueError(f"--{name}={getattr(settings, name)}: at least {least} is needed")
+    rows = choose(options.cells)
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    use_compilation_cache()
+    with jax.enable_x64(True):
+        xs = inputs(settings)
+        found = [measure(name, given, xs, settings) for name, _, given in rows]
+        lines = [json.dumps(record(row, each, settings)) + "\n" for row, each in zip(rows, found)]
+    picture, numbers = options.workdir / f"{FILE}.png", options.workdir / f"{FILE}.jsonl"
+    metrics.write_atomically(numbers, "".join(lines))
+    draw(rows, found, settings, picture)
+    print(table(rows, found, settings), f"{picture}\n{numbers}", sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
