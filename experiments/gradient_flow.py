@@ -24,10 +24,6 @@ from xlstm_jax.names import unknown
 from xlstm_jax.tasks.formal import FormalLanguage
 
 
-def identity(key, shape, dtype=jnp.float32):
-    return jnp.eye(*shape, dtype=dtype)
-
-
 def gaussian(gain: float):
     """Independent entries, scaled so that the spectral radius is near `gain`."""
     return jax.nn.initializers.variance_scaling(gain**2, "fan_in", "normal")
@@ -37,11 +33,13 @@ def gaussian(gain: float):
 ROWS = (
     ("elman", "Elman, Gaussian R, gain 0.5", {"recurrent_init": gaussian(0.5)}),
     ("elman", "Elman, orthogonal R", {"recurrent_init": "orthogonal"}),
-    ("elman", "Elman, identity R", {"recurrent_init": identity}),
+    ("elman", "Elman, identity R", {"recurrent_init": "identity"}),
+    ("elman", "Elman, ReLU, identity R", {"recurrent_init": "identity", "nonlinearity": "relu"}),
     ("elman", "Elman, Gaussian R, gain 2.5", {"recurrent_init": gaussian(2.5)}),
     ("lstm", "LSTM, forget bias 0", {"forget_bias": 0.0}),
     ("lstm", "LSTM, forget bias 1", {"forget_bias": 1.0}),
     ("lstm", "LSTM, forget bias 3", {"forget_bias": 3.0}),
+    ("lstm", "LSTM, chrono(500)", {"forget_bias": "chrono(500)"}),
     ("gru", "GRU", {}),
     ("slstm", "sLSTM, power-law forget bias", {}),
     ("mlstm", "mLSTM, forget bias 3 to 6", {}),
@@ -51,7 +49,8 @@ EVERY = 10  # lags between the numbers that a result row keeps
 COLOURS = {"elman": "#D55E00", "lstm": "#0072B2", "gru": "#E69F00", "slstm": "#009E73", "mlstm": "#CC79A7"}
 OTHERS = ("#000000", "#56B4E9", "#8C8C8C", "#7A4B00")  # colours of other cells; all by Okabe and Ito, or told by grey
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
-STYLES = ("-", "--", "-.", ":")
+STYLES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)))
+LIMITS = ((1e-60, 1e60), (1e-20, 1e20))  # of the axes, without and with gates
 
 
 class Settings(NamedTuple):
@@ -125,11 +124,23 @@ def probe(graphdef, params, xs, direction) -> tuple[jax.Array, jax.Array | None,
 def measure(name: str, options: dict[str, Any], xs: jax.Array, settings: Settings) -> Measured:
     """One cell, initialised from the seed."""
     rngs = nnx.Rngs(jax.random.key(settings.seed))
-    cell = cells.CELLS[name](xs.shape[-1], settings.dim, param_dtype=jnp.float64, rngs=rngs, **options)
+    try:
+        cell = cells.CELLS[name](xs.shape[-1], settings.dim, param_dtype=jnp.float64, rngs=rngs, **options)
+    except TypeError as error:
+        raise ValueError(f"the cell {name} needs options, in a row of its own in ROWS: {error}") from error
     direction = jax.random.normal(jax.random.key(settings.seed + 1), (settings.dim,), jnp.float64)
     norms, log_forget, saturation = jax.device_get(probe(*nnx.split(cell), xs, direction))
     shares = {gate: [round(float(share.mean()), 4) for share in shares] for gate, shares in saturation.items()}
     return Measured(norms.mean(axis=0)[::-1], log_forget, shares)
+
+
+class Line(NamedTuple):
+    """How a row is drawn."""
+
+    label: str
+    colour: str
+    style: str | tuple
+    measured: Measured
 
 
 def draw(rows: list[tuple], found: list[Measured], settings: Settings, file: Path) -> None:
@@ -139,59 +150,67 @@ def draw(rows: list[tuple], found: list[Measured], settings: Settings, file: Pat
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(name for name, *_ in rows))
+    names = [name for name, *_ in rows]
     others = iter(OTHERS * len(names))
-    colours = {name: COLOURS.get(name) or next(others) for name in names}
-    styles = [STYLES[[n for n, *_ in rows[:index]].count(name) % len(STYLES)] for index, (name, *_) in enumerate(rows)]
-    lags = np.arange(1, settings.steps + 1)
-    gated = [index for index, each in enumerate(found) if each.log_forget is not None]
-    plain = [index for index in range(len(rows)) if index not in gated]
-    panels = [(plain, "Without gates", 1e-60, 1e60)] * bool(plain) + [(gated, "With gates", 1e-20, 1e20)] * bool(gated)
-    width = 4.6 * len(panels) + 4.4 * bool(gated)
-    figure, axes = pyplot.subplots(
-        1, len(panels) + bool(gated), figsize=(width, 4.6), squeeze=False, layout="constrained"
-    )
-    for axis, (members, title, low, high) in zip(axes[0], panels):
-        for index in members:
-            name, label, _ = rows[index]
-            style = dict(color=colours[name], linestyle=styles[index], linewidth=1.8)
-            axis.plot(lags, np.where(found[index].relative > 0, found[index].relative, np.nan), label=label, **style)
-        for index in plain if members is gated else ():
-            (line,) = axis.plot(lags, found[index].relative, color="#BBBBBB", linewidth=0.9, zorder=1)
-            line.set_label("without gates" if index == plain[0] else None)
-        values = np.concatenate([found[index].relative for index in members])
-        top = 10 * np.clip(values[np.isfinite(values)].max(), 1, high)
-        axis.set(yscale="log", ylim=(max(low, 0.1 * values.min()), top), xlim=(0, settings.steps), title=title)
-        axis.set(xlabel=r"lag $T - t$, steps", ylabel=r"$|\partial L/\partial s_t|$ relative to lag 1")
-        axis.axhline(1, color="#999999", linewidth=0.8, zorder=0)
-        axis.legend(frameon=False, fontsize=8, loc="best", handlelength=3.4)
+    colours = {name: COLOURS.get(name) or next(others) for name in dict.fromkeys(names)}
+    styles = [STYLES[names[:index].count(name) % len(STYLES)] for index, name in enumerate(names)]
+    lines = [Line(row[1], colours[row[0]], style, each) for row, style, each in zip(rows, styles, found)]
+    gated = [line for line in lines if line.measured.log_forget is not None]
+    plain = [line for line in lines if line.measured.log_forget is None]
+    panels = [each for each in (plain, gated) if each]
+    count = len(panels) + bool(gated)
+    figure, axes = pyplot.subplots(1, count, figsize=(4.6 * count, 4.6), squeeze=False, layout="constrained")
+    for axis, members in zip(axes[0], panels):
+        draw_gradients(axis, members, plain if members is gated else [], settings.steps)
+        axis.set_title("With gates" if members is gated else "Without gates", fontsize=11)
     if gated:
-        axis = axes[0][-1]
-        for place, index in enumerate(reversed(gated)):
-            name, label, _ = rows[index]
-            least, low, middle, high, most = found[index].half_lives
-            axis.plot((least, most), (place, place), color=colours[name], linewidth=0.9)
-            axis.plot((low, high), (place, place), color=colours[name], linewidth=3.5, solid_capstyle="butt")
-            axis.plot(middle, place, "o", color=colours[name], markersize=7)
-        axis.axvline(settings.steps, color="#999999", linewidth=0.8, zorder=0)
-        note = dict(rotation=90, ha="right", va="center", fontsize=8, color="#666666")
-        axis.text(settings.steps, (len(gated) - 1) / 2, f"{settings.steps} steps", **note)
-        axis.set_yticks(range(len(gated)), [rows[index][1] for index in reversed(gated)], fontsize=8)
-        axis.set(
-            xscale="log",
-            xlabel=r"half-life $\ln 2\,/\,{-\ln f}$ (median, 10–90 %, 1–99 %), steps",
-            title="Forget gates: median, 10–90 %, 1–99 %",
-        )
+        draw_half_lives(axes[0][-1], gated, settings.steps)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     what = "white noise" if settings.task == "noise" else settings.task
-    figure.suptitle(f"Why LSTMs remember: the gradient of the last output, {settings.steps} steps of {what}, untrained")
-    figure.savefig(file, dpi=100)
+    title = (
+        f"Why LSTMs remember: the gradient of the last output over {settings.steps} steps of {what}, before training"
+    )
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(file, dpi=96)
     pyplot.close(figure)
 
 
+def draw_gradients(axis, lines: list[Line], faint: list[Line], steps: int) -> None:
+    """The relative gradient over lags; those of `faint` for comparison."""
+    lags = np.arange(1, steps + 1)
+    for line in lines:
+        curve = np.where(line.measured.relative > 0, line.measured.relative, np.nan)
+        axis.plot(lags, curve, color=line.colour, linestyle=line.style, linewidth=1.8, label=line.label)
+    for number, line in enumerate(faint):
+        label = None if number else "without gates"
+        axis.plot(lags, line.measured.relative, color="#BBBBBB", linewidth=0.9, zorder=1, label=label)
+    values = np.concatenate([line.measured.relative for line in lines])
+    lowest, highest = LIMITS[bool(faint)]
+    top = np.clip(values[np.isfinite(values)].max(), 1, highest)
+    axis.set(yscale="log", ylim=(max(lowest, 0.1 * values.min()), 10 * top), xlim=(0, steps))
+    axis.set(xlabel=r"lag $T - t$, steps", ylabel=r"$|\partial L/\partial s_t|$ relative to lag 1")
+    axis.axhline(1, color="#999999", linewidth=0.8, zorder=0)
+    axis.legend(frameon=False, fontsize=8, loc="best", handlelength=3.4)
+
+
+def draw_half_lives(axis, lines: list[Line], steps: int) -> None:
+    """A dot at the median, a thick line from 10 to 90 %, a thin one from 1 to 99 %."""
+    for place, line in enumerate(reversed(lines)):
+        least, low, middle, high, most = line.measured.half_lives
+        axis.plot((least, most), (place, place), color=line.colour, linewidth=0.9)
+        axis.plot((low, high), (place, place), color=line.colour, linewidth=3.5, solid_capstyle="butt")
+        axis.plot(middle, place, "o", color=line.colour, markersize=7)
+    axis.axvline(steps, color="#999999", linewidth=0.8, zorder=0)
+    note = dict(rotation=90, ha="right", va="center", fontsize=8, color="#666666")
+    axis.text(steps, len(lines) - 1.45, f"{steps} steps", **note)
+    axis.set_yticks(range(len(lines)), [line.label for line in reversed(lines)], fontsize=8)
+    axis.set(xscale="log", ylim=(-0.6, len(lines) - 0.4), xlabel="half-life, steps (median; 10–90 %; 1–99 %)")
+    axis.set_title(r"Forget gates: $\ln 2\,/\,{-\ln f}$", fontsize=11)
+
+
 def table(rows: list[tuple], found: list[Measured], settings: Settings) -> str:
-    """The gradient that is left after a fifth of the way back and at its end, and the forget gate's median half-life."""
+    """The gradient that is left after a fifth of the way back and after all of it, and the median half-life."""
     shown = sorted({max(settings.steps // 5, 1), settings.steps})
     width = max(len(label) for _, label, _ in rows)
     lines = ["".ljust(width) + "".join(f"  lag {lag:>5}" for lag in shown) + "  half-life"]

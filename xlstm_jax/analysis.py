@@ -46,9 +46,9 @@ def state_gradients(
     given = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (xs, mask, reset))
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(state)]
     leaves, treedef = jax.tree.flatten(state)
-    zeros = {
-        name: jnp.zeros((xs.shape[1], *leaf.shape), leaf.dtype) for name, leaf in zip(names, leaves) if _floating(leaf)
-    }
+    axes = dict(zip(names, jax.tree.leaves(_batch_axes(cell, xs))))
+    T = xs.shape[1]
+    zeros = {name: jnp.zeros((T, *a.shape), a.dtype) for name, a in zip(names, leaves) if _floating(a)}
 
     def perturbed(added):
         def body(state, inputs):
@@ -62,7 +62,8 @@ def state_gradients(
             raise ValueError(f"loss must return one number, not an array of the shape {jnp.shape(value)}")
         return value
 
-    return {name: jnp.swapaxes(grad, 0, 1) for name, grad in jax.grad(perturbed)(zeros).items()}
+    grads = jax.grad(perturbed)(zeros)
+    return {name: jnp.moveaxis(grad, 1 + axes[name], 0) for name, grad in grads.items()}
 
 
 def gradient_norms(gradients: dict[str, Array]) -> dict[str, Float[Array, "B T"]]:
@@ -84,8 +85,9 @@ def state_jacobian(cell: Cell, xs: Array, state: Any = None) -> Float[Array, "B 
     S: the state's floating numbers a row, fields in their order. Entry [b, i, j]: of new number i by old number j.
     """
     state = _start(cell, xs, state)
-    _check_size(cell, state)
-    return jax.vmap(lambda x, state: _jacobian(cell, x, state))(xs, state)
+    _check_size(cell, xs, state)
+    axes = _batch_axes(cell, xs)
+    return jax.vmap(lambda xs, state: _jacobian(cell, xs, state, axes), (0, axes))(xs, state)
 
 
 class Spectrum(NamedTuple):
@@ -112,7 +114,8 @@ def lyapunov_exponents(cell: Cell, xs: Array, state: Any = None) -> Float[Array,
     for a direction that is lost altogether.
     """
     state = _start(cell, xs, state)
-    _check_size(cell, state)
+    _check_size(cell, xs, state)
+    axes = _batch_axes(cell, xs)
 
     def row(xs, state):
         S = sum(leaf.size for leaf in jax.tree.leaves(state) if _floating(leaf))
@@ -120,12 +123,12 @@ def lyapunov_exponents(cell: Cell, xs: Array, state: Any = None) -> Float[Array,
 
         def body(carry, x):
             state, Q = carry
-            Q, R = jnp.linalg.qr(_jacobian(cell, x[None], state) @ Q)
-            return (_advance(cell, x[None], state), Q), jnp.log(jnp.abs(jnp.diagonal(R)))
+            Q, R = jnp.linalg.qr(_jacobian(cell, x[None], state, axes) @ Q)
+            return (_advance(cell, x[None], state, axes), Q), jnp.log(jnp.abs(jnp.diagonal(R)))
 
         return jax.lax.scan(body, (state, jnp.eye(S, dtype=dtype)), xs)[1].mean(axis=0)
 
-    return -jnp.sort(-jax.vmap(row)(xs, state), axis=-1)
+    return -jnp.sort(-jax.vmap(row, (0, axes))(xs, state), axis=-1)
 
 
 def gate_preactivations(cell: Cell, xs: Array, state: Any = None) -> dict[str, Array]:
@@ -139,15 +142,20 @@ def gate_preactivations(cell: Cell, xs: Array, state: Any = None) -> dict[str, A
     name = type(cell).__name__
     if not isinstance(cell, RecurrentCell):
         raise ValueError(f"{name} is no RecurrentCell and no MLSTM: its gates are not known")
-    gates = tuple(gate for gate in cell.gates if gate == _forget_gate(cell) or gate not in CANDIDATES)
-    if not gates:
+    if not (gates := [gate for gate in cell.gates if gate == cell.forget_gate or gate not in CANDIDATES]):
         raise ValueError(f"{name} has no gates")
-    changed = [option for option in ("peephole", "layer_norm", "zoneout") if _is_on(getattr(cell, option, None))]
-    changed += ["gate_recurrence"] if "gates" in cell.State._fields else []
-    if changed:
-        raise ValueError(f"{name} changes its gates inside its rule ({', '.join(changed)}): they are no W x + R h + b")
+    inside = {
+        "peepholes": getattr(cell, "peephole", None) is not None,
+        "layer norm": getattr(cell, "layer_norm", False),
+        "gate_clip": getattr(cell.rule, "gate_clip", None) is not None,
+        "gate recurrence": "gates" in cell.State._fields,
+        "zoneout": bool(cell.zoneout),
+    }
+    if any(inside.values()):
+        what = ", ".join(option for option, on in inside.items() if on)
+        raise ValueError(f"{name} has {what}: its gates are more than W x + R h + b")
     recorder = nnx.clone(cell)
-    recorder.rule = Recorder(cell.rule, cell.gates, getattr(cell, "recurrent_gates", None) or cell.gates)
+    recorder.rule = Recorder(cell.rule, cell.gates, cell.recurrent_gates or cell.gates)
     sums = jnp.split(recorder(xs, state)[0], len(cell.gates), axis=-1)
     return {gate: a for gate, a in zip(cell.gates, sums) if gate in gates}
 
@@ -186,19 +194,23 @@ def gate_saturation(
     """
     if not 0 <= low < high <= 1:
         raise ValueError(f"low and high must be 0 <= low < high <= 1, not {low} and {high}")
-    exponential = isinstance(cell, SLSTM) or getattr(cell, "input_gate", None) == "exp"
-    gates = {
-        g: jax.nn.sigmoid(a) for g, a in gate_preactivations(cell, xs, state).items() if g != "i" or not exponential
-    }
-    return {g: Saturation((a < low).mean(axis=(0, 2)), (a > high).mean(axis=(0, 2))) for g, a in gates.items()}
+    exponential = isinstance(cell, SLSTM) or (isinstance(cell, MLSTM) and cell.input_gate == "exp")
+    preactivations = gate_preactivations(cell, xs, state)
+    gates = {g: jax.nn.sigmoid(a) for g, a in preactivations.items() if g != "i" or not exponential}
+
+    def share(flags):
+        return jnp.moveaxis(flags, 1, 0).reshape(xs.shape[1], -1).mean(axis=1)
+
+    return {gate: Saturation(share(a < low), share(a > high)) for gate, a in gates.items()}
 
 
-def log_forget(cell: Cell, xs: Array, state: Any = None) -> Float[Array, "B T D"]:
+def log_forget(cell: Cell, xs: Array, state: Any = None) -> Float[Array, "B T ..."]:
     """log of the share of its memory that each step of xs (B, T, D_in) keeps: of f; z of the GRU; 1 - i if coupled."""
-    gate, preactivations = _forget_gate(cell), gate_preactivations(cell, xs, state)
-    if gate not in preactivations:
+    preactivations = gate_preactivations(cell, xs, state)
+    gate, sign = ("f", 1) if isinstance(cell, MLSTM) else (cell.forget_gate, cell.forget_sign)
+    if gate is None:
         raise ValueError(f"{type(cell).__name__} has no forget gate")
-    return jax.nn.log_sigmoid(getattr(cell, "forget_sign", 1) * preactivations[gate])
+    return jax.nn.log_sigmoid(sign * preactivations[gate])
 
 
 def half_life(f: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
@@ -221,7 +233,8 @@ def _start(cell: Cell, xs: Array, state: Any, mask: Array | None = None, reset: 
     for name, flags in (("mask", mask), ("reset", reset)):
         if flags is not None and (flags.shape != xs.shape[:2] or flags.dtype != jnp.bool_):
             raise ValueError(f"{name} must be bool of the shape {xs.shape[:2]}, not {flags.dtype} {flags.shape}")
-    state = cell.initial_state(xs.shape[0]) if state is None else state
+    if state is None:
+        state = cell.empty_state(xs) if isinstance(cell, RecurrentCell) else cell.initial_state(xs.shape[0])
     try:
         jax.eval_shape(cell.step, xs[:, 0], state)
     except TypeError as error:
@@ -236,13 +249,21 @@ def _step(cell: Cell, x: Array, state: Any, mask: Array | None, reset: Array | N
     return ys[:, 0], state
 
 
-def _advance(cell: Cell, xs: Array, state: Any) -> Any:
-    """The state of one row, without its batch axis, after xs (T, ...)."""
-    last = cell(xs[None], jax.tree.map(lambda leaf: leaf[None], state))[1]
-    return jax.tree.map(lambda leaf: leaf[0], last)
+def _batch_axes(cell: Cell, xs: Array) -> Any:
+    """The axis of each leaf of the state that counts rows: not the first in a stack that repeats its layers."""
+    states = [
+        jax.eval_shape(lambda xs: cell(xs)[1], jax.ShapeDtypeStruct((B, *xs.shape[1:]), xs.dtype)) for B in (2, 3)
+    ]
+    return jax.tree.map(lambda two, three: [a == b for a, b in zip(two.shape, three.shape)].index(False), *states)
 
 
-def _jacobian(cell: Cell, xs: Array, state: Any) -> Float[Array, "S S"]:
+def _advance(cell: Cell, xs: Array, state: Any, axes: Any) -> Any:
+    """The state of one row, without its batch axes, after xs (T, ...)."""
+    last = cell(xs[None], jax.tree.map(jnp.expand_dims, state, axes))[1]
+    return jax.tree.map(jnp.squeeze, last, axes)
+
+
+def _jacobian(cell: Cell, xs: Array, state: Any, axes: Any) -> Float[Array, "S S"]:
     """ds_T/ds_0 of one row, by reverse mode: the fused form has no other."""
     leaves, treedef = jax.tree.flatten(state)
     moving = [leaf for leaf in leaves if _floating(leaf)]
@@ -251,14 +272,14 @@ def _jacobian(cell: Cell, xs: Array, state: Any) -> Float[Array, "S S"]:
     def advance(flat):
         numbers = iter(unflatten(flat))
         start = jax.tree.unflatten(treedef, [next(numbers) if _floating(leaf) else leaf for leaf in leaves])
-        last = jax.tree.leaves(_advance(cell, xs, start))
+        last = jax.tree.leaves(_advance(cell, xs, start, axes))
         return jnp.concatenate([leaf.reshape(-1) for leaf in last if _floating(leaf)])
 
     return jax.jacrev(advance)(flat)
 
 
-def _check_size(cell: Cell, state: Any) -> None:
-    S = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(state) if _floating(leaf))
+def _check_size(cell: Cell, xs: Array, state: Any) -> None:
+    S = sum(leaf.size for leaf in jax.tree.leaves(state) if _floating(leaf)) // xs.shape[0]
     if S > LARGEST_STATE:
         raise ValueError(
             f"the state of this {type(cell).__name__} has {S} numbers a row, too many for its Jacobian: "
@@ -266,15 +287,5 @@ def _check_size(cell: Cell, state: Any) -> None:
         )
 
 
-def _forget_gate(cell: Cell) -> str | None:
-    """The gate that keeps the memory."""
-    gates = getattr(cell, "gates", ("f",))
-    return getattr(cell, "forget_gate", "f" if "f" in gates else "z" if "n" in gates else None)
-
-
 def _floating(leaf: Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _is_on(option: Any) -> bool:
-    return option is not None and option is not False and option != ()
