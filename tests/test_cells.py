@@ -7,8 +7,7 @@ import pytest
 from flax import nnx
 
 from xlstm_jax import cells
-from xlstm_jax.cells.lstm import LSTMState, lstm_rule
-from xlstm_jax.cells.slstm import powerlaw_forget_bias
+from xlstm_jax.cells.lstm import LSTMRule, LSTMState
 from xlstm_jax.kernels.mlstm import mlstm
 from xlstm_jax.kernels.recurrent import recurrent
 
@@ -23,7 +22,8 @@ def test_forget_biases():
     assert np.array_equal(
         cells.LSTM(3, 4, forget_bias=2.5, rngs=nnx.Rngs(0)).b[...], [[0] * 4, [2.5] * 4, [0] * 4, [0] * 4]
     )
-    bias = powerlaw_forget_bias(32, 2, block=1, num_blocks=2)  # values of the published initialiser
+    # values of the published initialiser
+    bias = cells.SLSTM(3, 32, num_heads=2, forget_bias="powerlaw(1, 2)", rngs=nnx.Rngs(0)).b[1]
     np.testing.assert_allclose(bias[:3], [5.000, 4.842, 4.522], atol=1e-3)
     np.testing.assert_allclose(bias[15:18], [-7, 5.000, 4.842], atol=1e-3)
     np.testing.assert_allclose(cells.MLSTM(3, 8, rngs=nnx.Rngs(0)).f.bias[...], [3, 4, 5, 6])
@@ -40,7 +40,7 @@ def test_reverse_is_the_mirrored_sequence(x64, form):
         flags = [mask, reset] if reverse else [mask[:, ::-1], reset[:, ::-1]]
         xs = gates if reverse else gates[:, ::-1]
         options = dict(form=form, chunk_size=3, mask=flags[0], reset=flags[1], reverse=reverse)
-        ys, last = recurrent(lstm_rule, xs, R, state, **options)
+        ys, last = recurrent(LSTMRule(), xs, R, state, **options)
         ys = ys if reverse else ys[:, ::-1]
         return jnp.sum(ys * jnp.arange(7.0)[None, :, None]) + jnp.sum(last.c), ys
 
@@ -75,7 +75,10 @@ BAD_CALLS = {
         dict(state=cells.GRU(3, 4, rngs=nnx.Rngs(0)).initial_state(2)),
         "LSTMState, not a GRUState",
     ),
-    "state of another batch": (dict(state=cells.LSTM(3, 4, rngs=nnx.Rngs(0)).initial_state(3)), "a batch of 3"),
+    "state of another batch": (
+        dict(state=cells.LSTM(3, 4, rngs=nnx.Rngs(0)).initial_state(3)),
+        r"state.c must have the shape \(2, 4\) for these inputs, not \(3, 4\)",
+    ),
 }
 
 

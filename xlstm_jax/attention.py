@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from .cells.base import Cell, check_inputs, masked
-from .layers import small_init, wang_init
+from .initializers import small_init, wang_init
 
 
 class AttentionState(NamedTuple):
@@ -68,9 +68,11 @@ class Attention(Cell):
         state: AttentionState | None = None,
         mask: Bool[Array, "B T"] | None = None,
         reset: Bool[Array, "B T"] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
         """xs (B, T, D) to outputs (B, T, D) and the cache; cost T (T + context), T^2 without a state."""
-        check_inputs(xs, self.features, state, AttentionState, mask, reset)
+        check_inputs(xs, self.features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
         B, T, D = xs.shape
         cached = state is not None
         state = state or self.initial_state(B)

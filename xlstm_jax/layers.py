@@ -1,30 +1,13 @@
-"""Layers that blocks are made of: initialisers, dropout, head-wise norm and projection, causal conv, feed-forward."""
+"""Layers that blocks are made of: head-wise norm and projection, causal convolution, gated feed-forward."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float
 
-from .cells.base import Initializer
-
-
-def small_init(dim: int) -> Initializer:
-    """N(0, 2 / (5 dim)) (Nguyen and Salazar 2019)."""
-    return jax.nn.initializers.normal(math.sqrt(2 / (5 * dim)))
-
-
-def wang_init(dim: int, num_blocks: int) -> Initializer:
-    """N(0, std = 2 / (num_blocks sqrt(dim))), for the projection that ends a residual branch."""
-    return jax.nn.initializers.normal(2 / (num_blocks * math.sqrt(dim)))
-
-
-def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
-    """Zeroes a share `rate` of x and scales the rest; without a key nothing is dropped."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+from .initializers import small_init, wang_init
 
 
 class HeadNorm(nnx.Module):

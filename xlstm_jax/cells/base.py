@@ -1,5 +1,6 @@
-"""What every cell has in common: the contract, and the weights of a cell that is a rule."""
+"""What cells have in common: the contract, and the weights, initialisers and regularisers of a cell that is a rule."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,23 +9,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
-from ..kernels.recurrent import recurrent
+from ..initializers import Initializer, initializer, per_gate
+from ..kernels.recurrent import Dense, recurrent
 from ..names import unknown
-
-Initializer = jax.nn.initializers.Initializer
-INITIALIZERS = {
-    "glorot": jax.nn.initializers.glorot_uniform(),
-    "lecun": jax.nn.initializers.lecun_normal(),
-    "orthogonal": jax.nn.initializers.orthogonal(),
-    "zeros": jax.nn.initializers.zeros,
-}
-
-
-def initializer(init: Initializer | str) -> Initializer:
-    """An initialiser by name, or the function as it is."""
-    if isinstance(init, str) and init not in INITIALIZERS:
-        raise ValueError(unknown("initialiser", init, INITIALIZERS))
-    return INITIALIZERS[init] if isinstance(init, str) else init
+from ..regularizers import Zoneout, dropout, locked_dropout, locked_scale
 
 
 class Cell(nnx.Module):
@@ -37,23 +25,46 @@ class Cell(nnx.Module):
 
 
 class RecurrentCell(Cell):
-    """A cell that is a rule: W (D_in, G, D) for the input, R (N, D/N, G, D/N) by head, b (G, D), and the rule.
+    """A cell that is a rule: W (D_in, G, D) for the input, R (N, H/N, G, D/N) by head for h, b (G, D), and the rule.
 
-    A subclass sets `State`, `gates` (their order) and `rule(x, r, state, params)`, and may add to `rule_params`.
+    A subclass sets `State`, `gates` (their order) and `rule`, a function or a hashable object that is called like one,
+    and where they differ from the plain case
+
+        recurrent_gates   the gates that R has
+        inner_shape       (E, G, F) of a second matrix S (N, E/N, G, F/N), for a rule with a method `inner`
+        hidden            the width H of h
+        forget_gate, input_gate   the gates that `forget_bias` speaks of; sign -1 if the named gate lets go of the past
+        zoneout_fields    the state's fields that may be zoned out
     """
 
     State: type
     gates: tuple[str, ...]
+    recurrent_gates: tuple[str, ...] | None = None
+    inner_shape: tuple[int, int, int] | None = None
+    forget_gate: str | None = None
+    forget_sign: int = 1
+    input_gate: str | None = None
+    zoneout_fields: tuple[str, ...] = ("h",)
+    maps = Dense()
+    forms = ("scan", "fused")
 
     def __init__(
         self,
-        in_features: int,
+        in_features: int | None,
         features: int,
         *,
         num_heads: int = 1,
+        hidden: int | None = None,
         use_bias: bool = True,
         kernel_init: Initializer | str = "glorot",
         recurrent_init: Initializer | str = "orthogonal",
+        bias_init: Initializer | str | float = "zeros",
+        forget_bias: Initializer | str | float | None = None,
+        input_dropout: float = 0.0,
+        state_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        zoneout: float | dict[str, float] = 0.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         form: str = "fused",
@@ -61,82 +72,182 @@ class RecurrentCell(Cell):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        """dtype: of the two products (default: the inputs'); the state and the rule stay in float32 or wider."""
-        if num_heads < 1 or features % num_heads:
-            raise ValueError(f"num_heads={num_heads} must divide features={features}")
-        self.in_features, self.features, self.num_heads = in_features, features, num_heads
+        """in_features None: the inputs are gates (B, T, G, D), and there is no W.
+
+        dtype: of the products (default: the inputs'); the state and the rule stay in float32 or wider.
+        forget_bias: of the gate that keeps the state, a number or an initialiser; "chrono(T)" sets the input gate too.
+        input_, state_, output_dropout: locked over time; weight_drop: of R; zoneout: a rate, or {field: rate}.
+        """
+        hidden = hidden or features
+        for name, width in {"in_features": in_features, "features": features}.items():
+            if width is not None and width < 1:
+                raise ValueError(f"{name} is {width}: at least 1 is needed")
+        if num_heads < 1 or features % num_heads or hidden % num_heads:
+            widths = f"features={features}" + (f" and hidden={hidden}" if hidden != features else "")
+            raise ValueError(f"num_heads={num_heads} must divide {widths}")
+        rates = {"input_dropout": input_dropout, "state_dropout": state_dropout}
+        for name, rate in (rates | {"output_dropout": output_dropout, "weight_drop": weight_drop}).items():
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} is {rate}: it must lie in [0, 1)")
+        self.in_features, self.features, self.hidden, self.num_heads = in_features, features, hidden, num_heads
         self.dtype, self.param_dtype = dtype, param_dtype
         self.form, self.chunk_size, self.remat = form, chunk_size, remat
-        G, E = len(self.gates), features // num_heads
+        self.input_dropout, self.state_dropout, self.output_dropout = input_dropout, state_dropout, output_dropout
+        self.weight_drop, self.zoneout = weight_drop, self.check_zoneout(zoneout)
         key = rngs.params()
-        self.W = nnx.Param(
-            per_gate(initializer(kernel_init), jax.random.fold_in(key, 0), (in_features, G, features), param_dtype)
-        )
-        heads = [
-            per_gate(initializer(recurrent_init), jax.random.fold_in(key, 1 + n), (E, G, E), param_dtype)
-            for n in range(num_heads)
-        ]
-        self.R = nnx.Param(jnp.stack(heads))
-        self.b = nnx.Param(jnp.zeros((G, features), param_dtype)) if use_bias else None
+        self.make_matrices(initializer(kernel_init), initializer(recurrent_init), key)
+        biases = self.initial_biases(jax.random.fold_in(key, 2**20), initializer(bias_init), forget_bias)
+        self.b = nnx.Param(biases) if use_bias else None
+
+    def make_matrices(self, kernel_init: Initializer, recurrent_init: Initializer, key: Key[Array, ""]) -> None:
+        """W, R and S."""
+        N, D, H = self.num_heads, self.features, self.hidden
+
+        def by_head(E_in, G, E_out, offset):
+            shape = (E_in // N, G, E_out // N)
+            keys = [jax.random.fold_in(key, offset + n) for n in range(N)]
+            return nnx.Param(jnp.stack([per_gate(recurrent_init, k, shape, self.param_dtype) for k in keys]))
+
+        shape = (self.in_features, len(self.gates), D)
+        kernel_key = jax.random.fold_in(key, 0)
+        self.W = nnx.Param(per_gate(kernel_init, kernel_key, shape, self.param_dtype)) if self.in_features else None
+        self.R = by_head(H, len(self.recurrent_gates or self.gates), D, 1)
+        self.S = by_head(*self.inner_shape, 2**16) if self.inner_shape else None
+
+    def initial_biases(self, key: Key[Array, ""], bias_init: Initializer, forget_bias: Any) -> Float[Array, "G D"]:
+        """Each gate's bias, by head; `forget_bias` over `bias_init` for the gate that keeps the state."""
+        wide = jnp.promote_types(self.param_dtype, jnp.float32)
+
+        def draw(init, key):
+            return init(key, (self.num_heads, self.features // self.num_heads), wide).reshape(-1)
+
+        keys = jax.random.split(key, len(self.gates))
+        b = {gate: draw(bias_init, k) for gate, k in zip(self.gates, keys)}
+        if forget_bias is not None and self.forget_gate is not None:
+            b[self.forget_gate] = self.forget_sign * draw(initializer(forget_bias), keys[0])
+            if str(forget_bias).startswith("chrono") and self.input_gate is not None:
+                b[self.input_gate] = -b[self.forget_gate]
+        return jnp.stack(list(b.values())).astype(self.param_dtype)
+
+    def check_zoneout(self, zoneout: float | dict[str, float]) -> tuple[tuple[str, float], ...]:
+        """(field, rate) pairs without those of rate 0."""
+        rates = zoneout if isinstance(zoneout, dict) else dict.fromkeys(self.zoneout_fields, zoneout)
+        for field, rate in rates.items():
+            if field not in self.zoneout_fields:
+                raise ValueError(unknown(f"zoneout field of {type(self).__name__}", field, self.zoneout_fields))
+            if not 0 <= rate <= 1:
+                raise ValueError(f"zoneout of {field} is {rate}: it must lie in [0, 1]")
+        return tuple((field, rate) for field, rate in rates.items() if rate)
+
+    @property
+    def state_dtype(self) -> DTypeLike:
+        """float32, or float64 where the parameters are."""
+        return jnp.promote_types(self.param_dtype, jnp.float32)
 
     def rule_params(self) -> Any:
-        """What the rule needs beside the gates, in the state's dtype."""
+        """What the rule needs beside the gates, in the state's dtype, with the rank of a gate."""
         return ()
 
-    def initial_state(self, batch_size: int):
-        """The empty state: zeros (B, D), float32, or float64 where the parameters are."""
-        dtype = jnp.promote_types(self.param_dtype, jnp.float32)
-        return self.State(*(jnp.zeros((batch_size, self.features), dtype) for _ in self.State._fields))
+    def gate_bias(self) -> Float[Array, "G D"] | None:
+        """What is added to the input's share of the gates."""
+        return None if self.b is None else self.b[...]
+
+    def as_gate(self, a: Array) -> Array:
+        """A parameter (D,), or (G, D), in the state's dtype with one axis for the batch in front."""
+        return a.astype(self.state_dtype)[None]
+
+    def state_widths(self) -> dict[str, int]:
+        """The width of each field of the state that is not D wide."""
+        return {"h": self.hidden}
+
+    def initial_state(self, batch_size: int) -> Any:
+        """The empty state: zeros (B, D), h (B, H), float32, or float64 where the parameters are."""
+        widths = dict.fromkeys(self.State._fields, self.features) | self.state_widths()
+        return self.State(*(jnp.zeros((batch_size, width), self.state_dtype) for width in widths.values()))
+
+    def input_shape(self, xs: Array) -> tuple[int, ...]:
+        """The shape that xs must have after (B, T)."""
+        return (self.in_features,) if self.W is not None else (len(self.gates), self.features)
+
+    def empty_state(self, xs: Array) -> Any:
+        """The empty state that fits xs."""
+        return self.initial_state(xs.shape[0])
 
     def __call__(
         self,
-        xs: Float[Array, "B T D_in"],
+        xs: Float[Array, "B T ..."],
         state: Any = None,
         mask: Bool[Array, "B T"] | None = None,
         reset: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """xs (B, T, D_in) to outputs (B, T, D) and the last state; see DESIGN: masked steps copy the state through."""
-        check_inputs(xs, self.in_features, state, self.State, mask, reset)
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T ..."], Any]:
+        """xs (B, T, D_in) to outputs (B, T, H) and the last state; a masked step copies the state through.
+
+        key: draws all that is random (dropout, weight drop, zoneout) for the whole sequence; none is random without it.
+        """
+        check_inputs(xs, self.input_shape(xs), state, lambda: self.empty_state(xs), mask, reset)
+        state = self.empty_state(xs) if state is None else state
         dtype = self.dtype or xs.dtype
+        keys = [None] * 5 if key is None else jax.random.split(key, 5)
+        rule, noise = self.rule, ()
+        if self.zoneout:
+            rule = Zoneout(self.rule, self.zoneout)
+            if key is not None:
+                noise = rule.noise((*xs.shape[:2], *state.h.shape[1:]), keys[0])
         ys, state = recurrent(
-            self.rule,
-            xs.astype(dtype),
-            self.R[...].astype(dtype),
-            self.initial_state(xs.shape[0]) if state is None else state,
-            W=self.W[...].astype(dtype),
-            b=None if self.b is None else self.b[...],
+            rule,
+            locked_dropout(xs.astype(dtype), self.input_dropout, keys[1]),
+            dropout(self.R[...], self.weight_drop, keys[2]).astype(dtype),
+            state,
+            S=None if self.S is None else self.S[...].astype(dtype),
+            W=None if self.W is None else self.W[...].astype(dtype),
+            b=self.gate_bias(),
             params=self.rule_params(),
+            maps=self.maps,
             form=self.form,
             chunk_size=self.chunk_size,
             remat=self.remat,
             mask=mask,
             reset=reset,
+            state_scale=locked_scale(state.h.shape, self.state_dropout, keys[3], state.h.dtype),
+            noise=noise,
         )
-        return ys.astype(dtype), state
+        return locked_dropout(ys.astype(dtype), self.output_dropout, keys[4]), state
 
 
-def per_gate(init: Initializer, key: Key[Array, ""], shape: tuple[int, int, int], dtype: DTypeLike) -> Array:
-    """(D_in, G, D) with each gate's matrix drawn on its own."""
-    D_in, G, D = shape
-    return jnp.stack([init(k, (D_in, D), dtype) for k in jax.random.split(key, G)], axis=1)
-
-
-def masked(ys: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
+def masked(ys: Float[Array, "B T ..."], mask: Bool[Array, "B T"] | None) -> Float[Array, "B T ..."]:
     """Zeros where the mask is False."""
-    return ys if mask is None else jnp.where(mask[..., None], ys, 0)
+    return ys if mask is None else jnp.where(mask.reshape(mask.shape + (1,) * (ys.ndim - 2)), ys, 0)
 
 
-def check_inputs(xs: Any, in_features: int, state: Any, state_type: type | None, mask: Any, reset: Any) -> None:
-    """One clear line for what does not fit, before anything is computed."""
-    if xs.ndim != 3 or xs.shape[-1] != in_features:
-        raise ValueError(f"xs must have the shape (B, T, {in_features}), not {xs.shape}")
+def check_inputs(
+    xs: Any, features: int | tuple[int, ...], state: Any, empty_state: Callable[[], Any], mask: Any, reset: Any
+) -> None:
+    """One clear line for what does not fit, before anything is computed.
+
+    features: the shape of xs after (B, T); empty_state: gives the state that a `state` must be like.
+    """
+    features = (features,) if isinstance(features, int) else features
+    if xs.ndim != 2 + len(features) or xs.shape[2:] != features:
+        raise ValueError(f"xs must have the shape (B, T, {', '.join(map(str, features))}), not {xs.shape}")
     if xs.shape[1] == 0:
         raise ValueError("xs has no time step (T = 0); at least one is needed")
+    if not jnp.issubdtype(xs.dtype, jnp.floating):
+        raise ValueError(f"xs must be floating, not {xs.dtype}")
     for name, flags in (("mask", mask), ("reset", reset)):
         if flags is not None and (flags.shape != xs.shape[:2] or flags.dtype != jnp.bool_):
             raise ValueError(f"{name} must be bool of the shape {xs.shape[:2]}, not {flags.dtype} {flags.shape}")
-    if state is not None and state_type is not None and not isinstance(state, state_type):
-        raise ValueError(f"state must be a {state_type.__name__}, not a {type(state).__name__}")
-    for leaf in jax.tree.leaves(state) if state_type is not None else ():
-        if leaf.shape[0] != xs.shape[0]:
-            raise ValueError(f"state is for a batch of {leaf.shape[0]}, xs for one of {xs.shape[0]}")
+    if state is not None:
+        check_state(state, jax.eval_shape(empty_state))
+
+
+def check_state(state: Any, empty: Any) -> None:
+    """The state is of the type and the shapes of the empty one."""
+    if type(state) is not type(empty):
+        raise ValueError(f"state must be a {type(empty).__name__}, not a {type(state).__name__}")
+    leaves = jax.tree_util.tree_leaves_with_path
+    for (path, leaf), (_, want) in zip(leaves(state), leaves(empty)):
+        if jnp.shape(leaf) != want.shape:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"state{name} must have the shape {want.shape} for these inputs, not {jnp.shape(leaf)}")

@@ -9,20 +9,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
+from ..initializers import Initializer, initializer
 from ..kernels import mlstm as kernel
 from ..kernels.mlstm import MLSTMState
-from .base import Cell, Initializer, check_inputs, initializer
-
-
-def linspace_bias(start: float, stop: float) -> Initializer:
-    """From start to stop over the heads (the forget gate's published bias is 3 to 6)."""
-    return lambda key, shape, dtype=jnp.float32: jnp.linspace(start, stop, shape[0], dtype=dtype)
+from .base import Cell, check_inputs
 
 
 class MLSTM(Cell):
     """mLSTM with output gate; q and k of width `qk_features`, v of width `features`, all split over `num_heads`."""
+
+    forms = ("recurrent", "parallel", "chunkwise")
 
     def __init__(
         self,
@@ -34,6 +32,8 @@ class MLSTM(Cell):
         input_gate: str = "exp",
         normalize: bool = True,
         kernel_init: Initializer | str = "lecun",
+        forget_bias: Initializer | str | float = "linspace(3, 6)",
+        input_bias: Initializer | str | float = "normal(0.1)",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         form: str = "chunkwise",
@@ -57,8 +57,8 @@ class MLSTM(Cell):
             in_features, 2 * qk_features + features, use_bias=False, kernel_init=kernel_init, **shared
         )
         self.o = nnx.Linear(in_features, features, kernel_init=kernel_init, **shared)
-        self.i = gate(in_features, num_heads, jax.nn.initializers.normal(0.1), param_dtype, rngs)
-        self.f = gate(in_features, num_heads, linspace_bias(3.0, 6.0), param_dtype, rngs)
+        self.i = gate(in_features, num_heads, initializer(input_bias), param_dtype, rngs)
+        self.f = gate(in_features, num_heads, initializer(forget_bias), param_dtype, rngs)
 
     def initial_state(self, batch_size: int) -> MLSTMState:
         """The empty memory, float32 or wider."""
@@ -72,9 +72,11 @@ class MLSTM(Cell):
         state: MLSTMState | None = None,
         mask: Bool[Array, "B T"] | None = None,
         reset: Bool[Array, "B T"] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], MLSTMState]:
-        """xs (B, T, D_in) to outputs (B, T, D) and the last state."""
-        check_inputs(xs, self.in_features, state, MLSTMState, mask, reset)
+        """xs (B, T, D_in) to outputs (B, T, D) and the last state; nothing is random, whatever the key."""
+        check_inputs(xs, self.in_features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
         B, T, _ = xs.shape
         q, k, v = jnp.split(self.qkv(xs), [self.qk_features, 2 * self.qk_features], axis=-1)
         q, k, v = (a.reshape(B, T, self.num_heads, -1) for a in (q, k, v))

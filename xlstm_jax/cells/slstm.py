@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .base import Initializer, RecurrentCell
+from ..initializers import Initializer
+from .base import RecurrentCell
 
 
 class SLSTMState(NamedTuple):
@@ -35,30 +36,21 @@ def slstm_rule(x, r, state, params):
     return SLSTMState(c, n, m, h), h
 
 
-def powerlaw_forget_bias(features: int, num_heads: int, block: int = 0, num_blocks: int = 1) -> Float[Array, " D"]:
-    """5 - 12 (j / (E - 1))^p, p = 0.3 + 1.3 block / (num_blocks - 1), for unit j of a head of width E: from 5 to -7."""
-    E = features // num_heads
-    p = 0.3 + 1.3 * block / max(num_blocks - 1, 1)
-    return jnp.tile(5 - 12 * (jnp.arange(E) / max(E - 1, 1)) ** p, num_heads)
-
-
 class SLSTM(RecurrentCell):
     """sLSTM with `num_heads` blocks in R. R starts at zero and the forget bias by the power law, as published."""
 
     State, gates, rule = SLSTMState, ("i", "f", "z", "o"), staticmethod(slstm_rule)
+    forget_gate, input_gate = "f", "i"
 
     def __init__(
         self,
-        in_features: int,
+        in_features: int | None,
         features: int,
         *,
         num_heads: int = 4,
-        block: int = 0,
-        num_blocks: int = 1,
         recurrent_init: Initializer | str = "zeros",
+        forget_bias: Initializer | str | float = "powerlaw",
         **options,
     ):
-        super().__init__(in_features, features, num_heads=num_heads, recurrent_init=recurrent_init, **options)
-        if self.b is not None:
-            bias = powerlaw_forget_bias(features, num_heads, block, num_blocks)
-            self.b[...] = self.b[...].at[1].set(bias.astype(self.param_dtype))
+        own = dict(num_heads=num_heads, recurrent_init=recurrent_init, forget_bias=forget_bias)
+        super().__init__(in_features, features, **own, **options)

@@ -5,16 +5,20 @@ A rule is the elementwise heart of a cell in its paper's symbols,
     rule(x, r, state, params) -> (state, output)
 
 with x the input's share and r the recurrent share of the pre-activations, each a tuple of one (B, D) array a gate, and
-a NamedTuple state that has a field `h` (B, D), the vector that the recurrent matrix multiplies. The forms:
+a NamedTuple state that has a field `h` (B, D), the vector that the recurrent matrix multiplies. A rule that needs a
+second product within a step (a reset gate before the product, a projection after the output gate) is an object with a
+method `inner(x, r, state, params)`: its value times S is appended to r. The linear maps of the inputs and of h are
+`Dense` or anything with its two methods (a convolution), so that a gate may have any shape (B, ..., D). The forms:
 
     "scan"   one `lax.scan` over time, differentiated by JAX: the obvious form, which tests compare the others with
     "fused"  a scan over chunks of time with its own gradient. The input projection runs inside the chunk; backward,
              the rule is linearised for all steps of a chunk at once, the reverse loop holds only that linear map and
-             one recurrent product, and the gradients of R, W and b are one product each a chunk. `remat=True` keeps
+             the recurrent products, and the gradients of R, S, W and b are one product each a chunk. `remat=True` keeps
              one state a chunk and computes the others again. Its gradient is exact; it has no forward-mode derivative.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,77 +28,118 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 State = Any  # a NamedTuple of arrays (B, ...) with a field h
-Gates = tuple[Array, ...]  # (B, D) each
-Rule = Callable[[Gates, Gates, State, Any], tuple[State, Array]]
+Gates = tuple[Array, ...]  # (B, ..., D) each
+Rule = Callable[..., tuple[State, Array]]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The linear maps of a dense cell: W (D_in, G, D), and R (N, E, G, F), block-diagonal over N heads."""
+
+    def project(self, xs: Float[Array, "T B D_in"], W: Array, dtype: DTypeLike) -> Float[Array, "T B G D"]:
+        """The input's share of all gates of all steps, one product, summed in `dtype`."""
+        T, B, D_in = xs.shape
+        _, G, D = W.shape
+        x = jnp.matmul(xs.reshape(-1, D_in), W.reshape(D_in, G * D), preferred_element_type=dtype)
+        return x.reshape(T, B, G, D)
+
+    def product(self, h: Float[Array, "*M D"], R: Float[Array, "N E G F"]) -> Float[Array, "*M G NF"]:
+        """h R by head: in R's dtype, summed in h's."""
+        (N, E, G, F), lead = R.shape, h.shape[:-1]
+        if N == 1:
+            r = jnp.matmul(h.astype(R.dtype), R.reshape(E, G * F), preferred_element_type=h.dtype)
+            return r.reshape(*lead, G, F)
+        h_heads = h.astype(R.dtype).reshape(*lead, N, E)
+        r = jnp.einsum("...ne,negf->...gnf", h_heads, R, preferred_element_type=h.dtype)
+        return r.reshape(*lead, G, N * F)
 
 
 class Weights(NamedTuple):
-    """R (N, D/N, G, D/N) by head; W (D_in, G, D), or None if the inputs are gates; b (G, D) or None; the rule's own."""
+    """R of h, S of the rule's inner value or None, W of the inputs or None if they are gates, b (G, D) or None; the
+    rule's own."""
 
     R: Array
+    S: Array | None
     W: Array | None
     b: Array | None
     params: Any
 
 
-class Masks(NamedTuple):
-    """Time-major (T, B) flags, or None where there are none, so that they cost nothing when absent."""
+class Given(NamedTuple):
+    """What is not differentiated, time-major (T, B, ...); None where there is none, so that it costs nothing.
+
+    noise: arrays that the rule gets after its params, one entry a step.
+    """
 
     mask: Array | None
     reset: Array | None
+    noise: tuple[Array, ...]
+
+
+class Spec(NamedTuple):
+    """What is known when a program is traced."""
+
+    rule: Rule
+    maps: Any
+    remat: bool
+    reverse: bool
 
 
 def recurrent(
     rule: Rule,
     xs: Float[Array, "B T ..."],
-    R: Float[Array, "N E G E"],
+    R: Float[Array, "..."],
     state: State,
     *,
-    W: Float[Array, "D_in G D"] | None = None,
+    S: Float[Array, "..."] | None = None,
+    W: Float[Array, "..."] | None = None,
     b: Float[Array, "G D"] | None = None,
     params: Any = (),
+    maps: Any = Dense(),
     form: str = "scan",
     chunk_size: int = 64,
     remat: bool = False,
     mask: Bool[Array, "B T"] | None = None,
     reset: Bool[Array, "B T"] | None = None,
     reverse: bool = False,
-) -> tuple[Float[Array, "B T D"], State]:
+    state_scale: Float[Array, "B ..."] | None = None,
+    noise: tuple[Array, ...] = (),
+) -> tuple[Float[Array, "B T ..."], State]:
     """Runs `rule` over time: xs (B, T, D_in), or gate inputs (B, T, G, D) if W is None, to outputs and the last state.
 
     A step with mask False copies the state through and outputs zeros; one with reset True starts from an empty
-    (zero) state. `reverse` runs from the last step to the first.
+    (zero) state. `reverse` runs from the last step to the first. `state_scale` (B, D) multiplies h before each product
+    with R and before `inner` sees it; `noise`, arrays (B, T, ...), is handed to the rule step by step; neither has a
+    gradient.
     """
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r} of a recurrent cell; there are {sorted(FORMS)}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    masks = Masks(*(None if flags is None else flags.T for flags in (mask, reset)))
-    weights = Weights(R, W, b, params)
-    ys, state = FORMS[form](rule, chunk_size, remat, reverse, xs, weights, state, masks)
+    given = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), Given(mask, reset, noise))
+    weights = Weights(R, S, W, b, params)
+    spec = Spec(rule, maps, remat, reverse)
+    ys, state = FORMS[form](spec, chunk_size, xs, weights, state, given, state_scale)
     return jnp.swapaxes(ys, 0, 1), state
 
 
-def project(xs: Float[Array, "B T ..."], weights: Weights, dtype: DTypeLike) -> Float[Array, "T B G D"]:
-    """The input's share of all gates of all steps, one product, time-major."""
+def project(maps: Any, xs: Float[Array, "B T ..."], weights: Weights, dtype: DTypeLike) -> Float[Array, "T B ..."]:
+    """The input's share of all gates of all steps, time-major."""
     x = jnp.swapaxes(xs, 0, 1)  # before the product: the inputs are smaller than the gates
-    if weights.W is None:
-        x = x.astype(dtype)
-    else:
-        D_in, G, D = weights.W.shape
-        x = jnp.matmul(x.reshape(-1, D_in), weights.W.reshape(D_in, G * D), preferred_element_type=dtype)
-        x = x.reshape(xs.shape[1], xs.shape[0], G, D)
-    return x if weights.b is None else x + weights.b[None, None].astype(dtype)
+    x = x.astype(dtype) if weights.W is None else maps.project(x, weights.W, dtype)
+    if weights.b is None:
+        return x
+    return x + weights.b.reshape((1,) * (x.ndim - 2) + weights.b.shape).astype(dtype)
 
 
-def recurrent_product(h: Float[Array, "*M D"], R: Float[Array, "N E G E"]) -> Float[Array, "*M G D"]:
-    """h R, block-diagonal over the N heads: in R's dtype, summed in h's."""
-    (N, E, G, F), lead = R.shape, h.shape[:-1]
-    if N == 1:
-        return jnp.matmul(h.astype(R.dtype), R.reshape(E, G * F), preferred_element_type=h.dtype).reshape(*lead, G, F)
-    h_heads = h.astype(R.dtype).reshape(*lead, N, E)
-    r = jnp.einsum("...ne,negf->...gnf", h_heads, R, preferred_element_type=h.dtype)
-    return r.reshape(*lead, G, N * F)
+def unstack(gates: Array | None) -> Gates:
+    """One array a gate, from the last axis but one."""
+    return () if gates is None else jnp.unstack(gates, axis=-2)
+
+
+def stack(gates: Gates) -> Array:
+    """The inverse of `unstack`."""
+    return jnp.stack(gates, axis=-2)
 
 
 def select(keep: Bool[Array, "*M"] | None, new: State, old: State) -> State:
@@ -109,42 +154,54 @@ def emptied(reset: Bool[Array, "*M"] | None, state: State) -> State:
     return state if reset is None else select(~reset, state, jax.tree.map(jnp.zeros_like, state))
 
 
-def masked_rule(rule: Rule, x: Gates, r: Gates, state: State, params: Any, mask: Array | None) -> tuple[State, Array]:
+def scaled(h: Array, scale: Array | None) -> Array:
+    """h (*M, B, ..., D) times a scale (B, ..., D), if there is one."""
+    return h if scale is None else h * jnp.broadcast_to(scale, h.shape)
+
+
+def inner(spec: Spec, x: Gates, r: Gates, state: State, params: Any, scale: Array | None) -> Array:
+    """What S multiplies; the rule sees h as the products do."""
+    return spec.rule.inner(x, r, state._replace(h=scaled(state.h, scale)), params)
+
+
+def masked_rule(spec: Spec, x: Gates, r: Gates, state: State, params: Any, given: Given) -> tuple[State, Array]:
     """The rule on one step: a False mask copies the state through and outputs zeros."""
-    new, y = rule(x, r, state, params)
-    return select(mask, new, state), select(mask, y, jnp.zeros_like(y))
+    new, y = spec.rule(x, r, state, params, *given.noise)
+    return select(given.mask, new, state), select(given.mask, y, jnp.zeros_like(y))
 
 
-def _step(rule: Rule, weights: Weights, state: State, x: Array, mask: Array | None) -> tuple[Array, State, Array]:
-    """The recurrent share of the gates, the next state and the output."""
-    r = recurrent_product(state.h, weights.R)
-    return r, *masked_rule(rule, jnp.unstack(x, axis=1), jnp.unstack(r, axis=1), state, weights.params, mask)
+def _step(spec, weights, state, x, given, scale):
+    """Both recurrent shares of the gates (the second None without S), the next state and the output."""
+    x = unstack(x)
+    r, u = spec.maps.product(scaled(state.h, scale), weights.R), None
+    if weights.S is not None:
+        u = spec.maps.product(inner(spec, x, unstack(r), state, weights.params, scale), weights.S)
+    return (r, u), *masked_rule(spec, x, (*unstack(r), *unstack(u)), state, weights.params, given)
 
 
-def _scan(rule, chunk_size, remat, reverse, xs, weights, state, masks):
+def _scan(spec, chunk_size, xs, weights, state, given, scale):
     def body(state, inputs):
-        x, flags = inputs
-        return _step(rule, weights, emptied(flags.reset, state), x, flags.mask)[1:]
+        x, given = inputs
+        return _step(spec, weights, emptied(given.reset, state), x, given, scale)[1:]
 
-    if remat:
+    if spec.remat:
         body = jax.checkpoint(body)
-    x = project(xs, weights, state.h.dtype)
-    state, ys = jax.lax.scan(body, state, (x, masks), reverse=reverse)
+    x = project(spec.maps, xs, weights, state.h.dtype)
+    state, ys = jax.lax.scan(body, state, (x, given), reverse=spec.reverse)
     return ys, state
 
 
-def _fused(rule, chunk_size, remat, reverse, xs, weights, state, masks):
+def _fused(spec, chunk_size, xs, weights, state, given, scale):
     """Whole chunks first and the shorter tail after them (before them in reverse)."""
     T = xs.shape[1]
     L = min(chunk_size, T)
     bounds = [(0, T - T % L), (T - T % L, T)] if T % L else [(0, T)]
     pieces = []
-    for start, stop in reversed(bounds) if reverse else bounds:
-        flags = Masks(*(None if f is None else f[start:stop] for f in masks))
-        length = min(L, stop - start)
-        ys, state = _chunks(rule, length, remat, reverse, xs[:, start:stop], weights, state, flags)
+    for start, stop in reversed(bounds) if spec.reverse else bounds:
+        part = jax.tree.map(lambda a, cut=slice(start, stop): a[cut], given)
+        ys, state = _chunks(spec, min(L, stop - start), xs[:, start:stop], weights, state, part, scale)
         pieces.append(ys)
-    return jnp.concatenate(pieces[::-1] if reverse else pieces) if len(pieces) > 1 else pieces[0], state
+    return jnp.concatenate(pieces[::-1] if spec.reverse else pieces) if len(pieces) > 1 else pieces[0], state
 
 
 FORMS = {"scan": _scan, "fused": _fused}
@@ -153,101 +210,116 @@ FORMS = {"scan": _scan, "fused": _fused}
 # The fused form: T is a multiple of the chunk length L from here on.
 
 
-def _chunk_inputs(n, L, xs, masks):
-    """Chunk n: its slice of the batch-major inputs and of the time-major flags."""
+def _chunk_inputs(n, L, xs, given):
+    """Chunk n: its slice of the batch-major inputs and of what is given time-major."""
     x = jax.lax.dynamic_slice_in_dim(xs, n * L, L, axis=1)
-    return x, jax.tree.map(lambda flags: jax.lax.dynamic_slice_in_dim(flags, n * L, L), masks)
+    return x, jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, n * L, L), given)
 
 
 class Kept(NamedTuple):
-    """What the backward pass of a chunk reads: the state before each step and both shares of the gates."""
+    """What the backward pass of a chunk reads: the state before each step and all shares of the gates."""
 
     state: State
     x: Array
     r: Array
+    u: Array | None
 
 
-def _run_chunk(rule, reverse, x, weights, state, masks, keep):
+def _run_chunk(spec, x, weights, state, given, scale, keep):
     """One chunk forward from its projected inputs x (L, B, G, D), and what its backward pass needs, if asked for."""
 
     def body(state, inputs):
-        x, flags = inputs
-        before = emptied(flags.reset, state)
-        r, state, y = _step(rule, weights, before, x, flags.mask)
-        return state, (y, (before, r) if keep else None)
+        x, given = inputs
+        before = emptied(given.reset, state)
+        shares, state, y = _step(spec, weights, before, x, given, scale)
+        return state, (y, (before, *shares) if keep else None)
 
-    state, (ys, kept) = jax.lax.scan(body, state, (x, masks), reverse=reverse)
-    return state, ys, Kept(kept[0], x, kept[1]) if keep else None
+    state, (ys, kept) = jax.lax.scan(body, state, (x, given), reverse=spec.reverse)
+    return state, ys, Kept(kept[0], x, *kept[1:]) if keep else None
 
 
-def _forward(rule, L, remat, reverse, xs, weights, state, masks, keep):
+def _forward(spec, L, xs, weights, state, given, scale, keep):
     def body(state, n):
-        x, flags = _chunk_inputs(n, L, xs, masks)
-        x = project(x, weights, state.h.dtype)
-        new, ys, kept = _run_chunk(rule, reverse, x, weights, state, flags, keep and not remat)
-        return new, (ys, state if keep and remat else kept)
+        x, part = _chunk_inputs(n, L, xs, given)
+        x = project(spec.maps, x, weights, state.h.dtype)
+        new, ys, kept = _run_chunk(spec, x, weights, state, part, scale, keep and not spec.remat)
+        return new, (ys, state if keep and spec.remat else kept)
 
-    state, (ys, kept) = jax.lax.scan(body, state, jnp.arange(xs.shape[1] // L), reverse=reverse)
+    state, (ys, kept) = jax.lax.scan(body, state, jnp.arange(xs.shape[1] // L), reverse=spec.reverse)
     return ys.reshape(-1, *ys.shape[2:]), state, kept
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _chunks(rule, L, remat, reverse, xs, weights, state, masks):
-    ys, state, _ = _forward(rule, L, remat, reverse, xs, weights, state, masks, keep=False)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunks(spec, L, xs, weights, state, given, scale):
+    ys, state, _ = _forward(spec, L, xs, weights, state, given, scale, keep=False)
     return ys, state
 
 
-def _chunks_forward(rule, L, remat, reverse, xs, weights, state, masks):
-    ys, state, kept = _forward(rule, L, remat, reverse, xs, weights, state, masks, keep=True)
-    return (ys, state), (xs, weights, masks, kept)
+def _chunks_forward(spec, L, xs, weights, state, given, scale):
+    ys, state, kept = _forward(spec, L, xs, weights, state, given, scale, keep=True)
+    return (ys, state), (xs, weights, given, scale, kept)
 
 
-def _chunks_backward(rule, L, remat, reverse, residuals, cotangents):
-    xs, weights, masks, kept = residuals
+def _chunks_backward(spec, L, residuals, cotangents):
+    xs, weights, given, scale, kept = residuals
     d_ys, d_state = cotangents
     d_ys = d_ys.reshape(-1, L, *d_ys.shape[1:])
+
+    def linearise(kept, given):
+        """One step's transposed rule; where there is an S, the inner value and its transposed map too."""
+        x, r, u = unstack(kept.x), unstack(kept.r), unstack(kept.u)
+
+        def rule(x, r, u, state, params):
+            return masked_rule(spec, x, (*r, *u), state, params, given)
+
+        pull = jax.vjp(rule, x, r, u, kept.state, weights.params)[1]
+        if weights.S is None:
+            return pull, None, None
+        v, pull_inner = jax.vjp(lambda *args: inner(spec, *args, scale), x, r, kept.state, weights.params)
+        return pull, pull_inner, v
+
+    def product(h, R):
+        return spec.maps.product(scaled(h, scale), R)
 
     def body(carry, inputs):
         d_state, d_weights = carry
         n, d_y, kept = inputs
-        x_in, flags = _chunk_inputs(n, L, xs, masks)
-        x, pull_projection = jax.vjp(lambda x, w: project(x, w, d_state.h.dtype), x_in, weights)
-        if remat:
-            _, _, kept = _run_chunk(rule, reverse, x, weights, kept, flags, keep=True)
-        _, pull_product = jax.vjp(recurrent_product, kept.state.h, weights.R)  # all steps of the chunk at once
-
-        def linearise(x, r, state, mask):
-            gates = jnp.unstack(x, axis=1), jnp.unstack(r, axis=1)
-            return jax.vjp(lambda *args: masked_rule(rule, *args, mask), *gates, state, weights.params)[1]
-
-        pulls = jax.lax.optimization_barrier(jax.vmap(linearise)(kept.x, kept.r, kept.state, flags.mask))
+        x_in, part = _chunk_inputs(n, L, xs, given)
+        x, pull_projection = jax.vjp(lambda x, w: project(spec.maps, x, w, d_state.h.dtype), x_in, weights)
+        if spec.remat:
+            kept = _run_chunk(spec, x, weights, kept, part, scale, keep=True)[2]
+        *pulls, v = jax.lax.optimization_barrier(jax.vmap(linearise)(kept, part))  # all steps of the chunk at once
+        v_step = None if v is None else jax.ShapeDtypeStruct(v.shape[1:], v.dtype)
 
         def reverse_step(carry, inputs):
             d_state, d_params = carry
-            pull, d_y, reset = inputs
-            dx, dr, d_state, dp = pull((d_state, d_y))
-            same = all(a is b for a, b in zip(dx, dr))  # one array serves a rule that only adds the two
-            dx = jnp.stack(dx, axis=1)
-            dr = dx if same else jnp.stack(dr, axis=1)
-            d_h = jax.linear_transpose(lambda h: recurrent_product(h, weights.R), d_state.h)(dr)[0]
+            pull, pull_inner, d_y, reset = inputs
+            dx, dr, du, d_state, dp = pull((d_state, d_y))
+            if weights.S is not None:
+                du = stack(du)
+                d_v = jax.linear_transpose(lambda v: spec.maps.product(v, weights.S), v_step)(du)[0]
+                dx, dr, d_state, dp = jax.tree.map(jnp.add, (dx, dr, d_state, dp), pull_inner(d_v))
+            same = len(dx) == len(dr) and all(a is b for a, b in zip(dx, dr))  # a rule that only adds the two
+            dx = stack(dx)
+            dr = dx if same else stack(dr)
+            d_h = jax.linear_transpose(lambda h: product(h, weights.R), d_state.h)(dr)[0]
             d_state = emptied(reset, d_state._replace(h=d_state.h + d_h))
-            gates = (dx,) if same else (dx, dr)
-            return (d_state, jax.tree.map(jnp.add, d_params, dp)), gates
+            return (d_state, jax.tree.map(jnp.add, d_params, dp)), (dx, None if same else dr, du)
 
-        (d_state, d_params), gates = jax.lax.scan(
-            reverse_step, (d_state, d_weights.params), (pulls, d_y, flags.reset), reverse=not reverse
+        (d_state, d_params), (dx, dr, du) = jax.lax.scan(
+            reverse_step, (d_state, d_weights.params), (*pulls, d_y, part.reset), reverse=not spec.reverse
         )
-        dx, dr = gates[0], gates[-1]
-        d_R = pull_product(dr)[1]
+        d_R = jax.vjp(lambda R: product(kept.state.h, R), weights.R)[1](dx if dr is None else dr)[0]
+        d_S = None if v is None else jax.vjp(lambda S: spec.maps.product(v, S), weights.S)[1](du)[0]
         d_x_in, d_projection = pull_projection(dx)
-        d_projection = d_projection._replace(R=d_R, params=jax.tree.map(jnp.zeros_like, d_params))
+        d_projection = d_projection._replace(R=d_R, S=d_S, params=jax.tree.map(jnp.zeros_like, d_params))
         d_weights = jax.tree.map(jnp.add, d_weights._replace(params=d_params), d_projection)
         return (d_state, d_weights), d_x_in
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
     steps = jnp.arange(d_ys.shape[0])
-    (d_state, d_weights), d_xs = jax.lax.scan(body, (d_state, zeros), (steps, d_ys, kept), reverse=not reverse)
-    return jnp.moveaxis(d_xs, 0, 1).reshape(xs.shape), d_weights, d_state, Masks(None, None)
+    (d_state, d_weights), d_xs = jax.lax.scan(body, (d_state, zeros), (steps, d_ys, kept), reverse=not spec.reverse)
+    return jnp.moveaxis(d_xs, 0, 1).reshape(xs.shape), d_weights, d_state, None, None
 
 
 _chunks.defvjp(_chunks_forward, _chunks_backward)

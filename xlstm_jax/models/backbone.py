@@ -17,14 +17,15 @@ from jax.typing import DTypeLike
 
 from .. import cells
 from ..attention import Attention
-from ..blocks import Block, MLSTMLayer, SLSTMLayer, Stack
+from ..blocks import Block, MLSTMLayer, SLSTMLayer
 from ..layers import GatedFeedForward, round_up
 from ..names import unknown
 
 exact_gelu = partial(jax.nn.gelu, approximate=False)  # the published feed-forward part uses erf
+BARE = [name for name in cells.CELLS if name not in ("projected_lstm", "conv_lstm", "conv_gru")]  # one width in and out
 BACKBONES = [
-    *cells.CELLS,
-    *(f"{name}_block" for name in cells.CELLS),
+    *BARE,
+    *(f"{name}_block" for name in BARE),
     "xlstm[1:0]",
     "xlstm[0:1]",
     "xlstm[1:1]",
@@ -43,7 +44,7 @@ def backbone(
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
     **options,
-) -> Stack:
+) -> cells.Stack:
     """The stack `name` of width `dim`; options go to its cells or mixers (`slstm_conv_width` to sLSTM ones alone).
 
     `in_features`: width of the inputs where it is not `dim`, for bare cells only (there is no residual connection).
@@ -52,7 +53,7 @@ def backbone(
     if name not in BACKBONES and not ratio:
         raise ValueError(unknown("backbone", name, BACKBONES) + " (xlstm[a:b] for any a and b)")
     in_features = in_features or dim
-    if in_features != dim and name not in cells.CELLS:
+    if in_features != dim and name not in BARE:
         raise ValueError(f"{name} needs inputs of its own width {dim}, not {in_features}; only bare cells take others")
     if dim < 1 or num_layers < 1:
         raise ValueError(f"dim and num_layers must be at least 1, not {dim} and {num_layers}")
@@ -100,4 +101,4 @@ def backbone(
                 return Block(mixer, residual=False, dropout=dropout)
             return Block(mixer, norm=norm(), ffn=gated(1.3, exact_gelu), ffn_norm=norm(), dropout=dropout)
 
-    return Stack(make, pattern)
+    return cells.Stack([make(n) for n in range(num_layers)], pattern=pattern)

@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..cells.base import Cell, masked
-from ..layers import dropout, small_init
+from ..initializers import small_init
+from ..regularizers import dropout
 from .backbone import backbone as make_backbone
 
 

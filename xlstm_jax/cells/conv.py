@@ -1,0 +1,163 @@
+"""Convolutional cells: the products of LSTM and GRU become convolutions over 1, 2 or 3 axes of space.
+
+ConvLSTM   Shi et al. 2015, arXiv:1506.04214, eq. 3: any LSTM of `lstm.py` whose W x and R h are convolutions
+ConvGRU    Ballas et al. 2016, arXiv:1511.06432, eqs. 5-8: the GRU with the reset before the convolution
+
+Inputs (B, T, *space, C_in), h and c (B, *space', D). The input's convolution has any stride, any dilation and padding
+"same" or "valid", which set space'; the recurrent one has stride 1 and padding "same".
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ..initializers import per_gate
+from .gru import GRU
+from .lstm import LSTM
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The linear maps of a convolutional cell: W (*kernel, C_in, G, D) and R (*kernel, D, G, D)."""
+
+    strides: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: str
+
+    def project(self, xs: Float[Array, "T B ..."], W: Array, dtype: DTypeLike) -> Float[Array, "T B ..."]:
+        """The input's share of all gates of all steps (T, B, *space', G, D)."""
+        return convolve(xs, W, dtype, self.strides, self.dilation, self.padding)
+
+    def product(self, h: Float[Array, "..."], R: Array) -> Float[Array, "..."]:
+        """h (*M, *space, D) to (*M, *space, G, D)."""
+        ones = (1,) * len(self.strides)
+        return convolve(h, R, h.dtype, ones, ones, "same")
+
+
+def convolve(x: Array, kernel: Array, dtype: DTypeLike, strides, dilation, padding) -> Array:
+    """x (*M, *space, C), kernel (*k, C, G, D) to (*M, *space', G, D): in the kernel's dtype, summed in `dtype`."""
+    rank = len(strides)
+    *size, C, G, D = kernel.shape
+    lead, space = x.shape[: -rank - 1], x.shape[-rank - 1 : -1]
+    letters = "DHW"[3 - rank :]
+    y = jax.lax.conv_general_dilated(
+        x.astype(kernel.dtype).reshape(math.prod(lead), *space, C),
+        kernel.reshape(*size, C, G * D),
+        strides,
+        padding.upper(),
+        rhs_dilation=dilation,
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        preferred_element_type=dtype,
+    )
+    return y.reshape(*lead, *y.shape[1:-1], G, D)
+
+
+class ConvCell:
+    """What makes a dense cell convolutional; to be named before the cell in the bases."""
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        kernel_size: int | Sequence[int],
+        *,
+        rank: int | None = None,
+        strides: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        padding: str = "same",
+        space: Sequence[int] | None = None,
+        **options,
+    ):
+        """kernel_size: a number for each axis of space, or one number and the `rank` (2 if not given).
+
+        space: the size of the inputs, which `initial_state` needs where it is not called with one.
+        """
+        if isinstance(kernel_size, int):
+            kernel_size = (kernel_size,) * (rank or 2)
+        self.kernel_size = tuple(kernel_size)
+        n = len(self.kernel_size)
+        if n not in (1, 2, 3) or rank not in (None, n):
+            raise ValueError(
+                f"kernel_size={self.kernel_size}, rank={rank}: one number an axis of space, of 1 to 3 axes"
+            )
+        if options.get("num_heads", 1) != 1 or options.get("projection") or options.get("layer_norm"):
+            raise ValueError("a convolutional cell has neither heads nor a projection nor layer_norm")
+        if options.get("gate_recurrence"):
+            raise ValueError("a convolutional cell has no gate_recurrence")
+        self.strides, self.dilation = per_axis("strides", strides, n), per_axis("dilation", dilation, n)
+        per_axis("kernel_size", self.kernel_size, n)
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding must be 'same' or 'valid', not {padding!r}")
+        self.padding, self.space = padding, None if space is None else per_axis("space", space, n)
+        self.maps = Convolution(self.strides, self.dilation, padding)
+        super().__init__(in_features, features, **options)
+
+    def make_matrices(self, kernel_init, recurrent_init, key):
+        """W (*kernel, C_in, G, D), R (*kernel, D, G, D) and S (*kernel, D, 1, D)."""
+        keys, D = jax.random.split(key, 3), self.features
+
+        def kernel(init, key, C, G):
+            return nnx.Param(per_gate(init, key, (*self.kernel_size, C, G, D), self.param_dtype))
+
+        self.W = kernel(kernel_init, keys[0], self.in_features, len(self.gates))
+        self.R = kernel(recurrent_init, keys[1], D, len(self.recurrent_gates or self.gates))
+        self.S = kernel(recurrent_init, keys[2], D, 1) if self.inner_shape else None
+
+    def as_gate(self, a):
+        """A parameter (D,) with the rank of a gate (B, *space, D)."""
+        return a.astype(self.state_dtype).reshape((1,) * (1 + len(self.kernel_size)) + a.shape)
+
+    def input_shape(self, xs):
+        """xs after (B, T); any space of the right number of axes."""
+        n = len(self.kernel_size)
+        return (*(xs.shape[2:-1] if xs.ndim == 3 + n else ("space",) * n), self.in_features)
+
+    def initial_state(self, batch_size: int, space: Sequence[int] | None = None):
+        """The empty state for inputs of the size `space`: zeros (B, *space', D)."""
+        space = self.space if space is None else per_axis("space", space, len(self.kernel_size))
+        if space is None:
+            raise ValueError(
+                "the size of the inputs is not known: initial_state(batch_size, space), or space= at the start"
+            )
+        size = []
+        for width, kernel, stride, dilation in zip(space, self.kernel_size, self.strides, self.dilation):
+            extent = dilation * (kernel - 1) + 1
+            if self.padding == "valid" and extent > width:
+                raise ValueError(
+                    f"a kernel of extent {extent} (kernel_size={kernel}, dilation={dilation}) is wider than "
+                    f"the input's {width} with padding='valid'; padding='same' would fit"
+                )
+            size.append(-(-(width if self.padding == "same" else width - extent + 1) // stride))
+        shape = (batch_size, *size, self.features)
+        return self.State(*(jnp.zeros(shape, self.state_dtype) for _ in self.State._fields))
+
+    def empty_state(self, xs):
+        return self.initial_state(xs.shape[0], xs.shape[2:-1])
+
+
+def per_axis(name: str, value: int | Sequence[int], n: int) -> tuple[int, ...]:
+    """One positive integer an axis."""
+    values = (value,) * n if isinstance(value, int) else tuple(value)
+    if len(values) != n or min(values) < 1:
+        raise ValueError(f"{name} is {value}: wanted is a positive integer, or {n} of them, one an axis of space")
+    return values
+
+
+class ConvLSTM(ConvCell, LSTM):
+    """ConvLSTM over 1, 2 or 3 axes; all of LSTM's options but heads, projection, layer norm and full gate recurrence.
+
+    `peephole=True` has one weight a channel, so that images may have any size (Shi et al. have one a position).
+    """
+
+
+class ConvGRU(ConvCell, GRU):
+    """ConvGRU over 1, 2 or 3 axes; the reset acts before the convolution unless `reset_after=True`."""
+
+    def __init__(self, in_features: int, features: int, kernel_size, *, reset_after: bool = False, **options):
+        super().__init__(in_features, features, kernel_size, reset_after=reset_after, **options)

@@ -1,0 +1,160 @@
+"""Cells made of cells: `Bidirectional` and `Stack`, under the same contract (a bidirectional one has no `step`)."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from ..names import unknown
+from ..regularizers import dropout
+from .base import Cell, masked
+
+MERGES = {
+    "concat": lambda a, b: jnp.concatenate([a, b], axis=-1),
+    "sum": lambda a, b: a + b,
+    "mean": lambda a, b: (a + b) / 2,
+    "product": lambda a, b: a * b,
+}
+
+
+class BidirectionalState(NamedTuple):
+    forward: Any
+    backward: Any
+
+
+class Bidirectional(Cell):
+    """One cell from the first step to the last, another from the last to the first (Schuster and Paliwal 1997).
+
+    Masks and resets hold for both, whatever the mask: each sequence is read backwards as if it were alone. The backward
+    cell's state enters after the last step and leaves before the first.
+    """
+
+    def __init__(self, forward: Cell, backward: Cell, *, merge: str = "concat"):
+        if merge not in MERGES:
+            raise ValueError(unknown("merge", merge, MERGES))
+        self.forward, self.backward, self.merge = forward, backward, merge
+
+    def initial_state(self, batch_size: int) -> BidirectionalState:
+        """Both cells' empty states."""
+        return BidirectionalState(self.forward.initial_state(batch_size), self.backward.initial_state(batch_size))
+
+    def __call__(
+        self,
+        xs: Float[Array, "B T ..."],
+        state: BidirectionalState | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        reset: Bool[Array, "B T"] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T ..."], BidirectionalState]:
+        """xs (B, T, D_in) to the merged outputs (B, T, D) and both last states."""
+        if state is not None and not isinstance(state, BidirectionalState):
+            raise ValueError(f"state must be a BidirectionalState, not a {type(state).__name__}")
+        forward, backward = (None, None) if state is None else state
+        keys = (None, None) if key is None else jax.random.split(key)
+        ys, forward = self.forward(xs, forward, mask, reset, key=keys[0])
+        flip = lambda a: None if a is None else jnp.flip(a, axis=1)  # noqa: E731
+        # a sequence that begins at t ends, read backwards, before t - 1
+        ends = None if reset is None else jnp.roll(reset, -1, axis=1).at[:, -1].set(False)
+        zs, backward = self.backward(flip(xs), backward, flip(mask), flip(ends), key=keys[1])
+        if ys.shape != zs.shape and self.merge != "concat":
+            raise ValueError(f"merge={self.merge!r} needs outputs of one shape, not {ys.shape} and {zs.shape}")
+        return MERGES[self.merge](ys, flip(zs)), BidirectionalState(forward, backward)
+
+    def step(self, x, state, reset=None):
+        """What comes later is needed, so there is no step."""
+        raise TypeError("a Bidirectional cell needs the whole sequence and has no step")
+
+
+class Stack(Cell):
+    """Layers one after another, with residual connections and dropout between them if asked for.
+
+    pattern: one kind a layer, equal kinds having parameters of equal shapes; the group that repeats is then stored
+    stacked and run by one `lax.scan`, compiled once, and its states have a leading axis of repeats.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Cell],
+        *,
+        pattern: Sequence[str] | None = None,
+        residual: bool = False,
+        dropout: float = 0.0,
+    ):
+        """residual: x + layer(x); dropout: of each layer's output but the last's."""
+        layers, pattern = list(layers), None if pattern is None else tuple(pattern)
+        if not layers:
+            raise ValueError("a stack needs at least one layer")
+        if pattern is not None and len(pattern) != len(layers):
+            raise ValueError(f"pattern names {len(pattern)} kinds for {len(layers)} layers")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}: it must lie in [0, 1)")
+        if pattern is not None and dropout:
+            raise ValueError("dropout between layers is for a stack without a pattern; here the layers have their own")
+        self.residual, self.dropout = residual, dropout
+        self.period = smallest_period(pattern) if pattern else len(layers)
+        self.repeats = len(layers) // self.period
+        groups = [nnx.List(layers[n * self.period : (n + 1) * self.period]) for n in range(self.repeats)]
+        if self.repeats == 1:
+            self.layers = groups[0]
+        else:
+            graphdef, _ = nnx.split(groups[0])
+            params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(group) for group in groups))
+            self.layers = nnx.merge(graphdef, params)
+
+    def initial_state(self, batch_size: int) -> tuple:
+        """One state a layer of the repeating group, with a leading axis of repeats where there are several."""
+        states = tuple(layer.initial_state(batch_size) for layer in self.layers)
+        if self.repeats == 1:
+            return states
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (self.repeats, *leaf.shape)), states)
+
+    def __call__(
+        self,
+        xs: Float[Array, "B T ..."],
+        state: tuple | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        reset: Bool[Array, "B T"] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T ..."], tuple]:
+        """xs (B, T, D_in) to outputs (B, T, D) and the last states."""
+        if state is not None and (not isinstance(state, tuple) or len(state) != self.period):
+            raise ValueError(
+                f"state must be a tuple of {self.period} states, one a layer, not a {type(state).__name__}"
+            )
+
+        def run(layers, xs, states, key):
+            keys = [None] * 2 * self.period if key is None else jax.random.split(key, 2 * self.period)
+            new = []
+            for n, layer in enumerate(layers):
+                ys, new_state = layer(xs, None if states is None else states[n], mask, reset, key=keys[n])
+                if self.residual and ys.shape != xs.shape:
+                    raise ValueError(
+                        f"residual=True needs layers of equal widths; layer {n} maps {xs.shape} to {ys.shape}"
+                    )
+                xs = masked(xs + ys, mask) if self.residual else ys
+                if n + 1 < self.period:
+                    xs = dropout(xs, self.dropout, keys[self.period + n])
+                new.append(new_state)
+            return xs, tuple(new)
+
+        if self.repeats == 1:
+            return run(self.layers, xs, state, key)
+        graphdef, params = nnx.split(self.layers)
+        keys = None if key is None else jax.random.split(key, self.repeats)
+
+        def body(xs, inputs):
+            params, states, key = inputs
+            return run(nnx.merge(graphdef, params), xs, states, key)
+
+        return jax.lax.scan(body, xs, (params, state, keys))
+
+
+def smallest_period(pattern: tuple[str, ...]) -> int:
+    """The length of the shortest group whose repetition is the pattern."""
+    n = len(pattern)
+    return next(p for p in range(1, n + 1) if n % p == 0 and pattern == pattern[:p] * (n // p))

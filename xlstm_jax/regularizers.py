@@ -1,0 +1,88 @@
+"""Regularisers of recurrent layers. Whatever is random is drawn once, outside the loop over time; no key, no dropout.
+
+dropout          each entry on its own
+locked_dropout   the same entries at every step: variational dropout (Gal and Ghahramani 2016, arXiv:1512.05287)
+Zoneout          units that keep their old state (Krueger et al. 2017, arXiv:1606.01305), around any rule
+activation_l2, temporal_l2   AR and TAR (Merity et al. 2017, arXiv:1708.01009, section 4.6), to be added to a loss
+
+Weight drop (DropConnect on the recurrent matrix, the same reference, section 2) is `dropout` of the matrix itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+
+def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
+    """Zeroes a share `rate` of x and scales the rest; without a key nothing is dropped."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def locked_scale(shape: tuple[int, ...], rate: float, key: Key[Array, ""] | None, dtype=jnp.float32) -> Array | None:
+    """0 or 1 / (1 - rate) an entry, or None where nothing is dropped."""
+    return None if key is None or rate == 0 else dropout(jnp.ones(shape, dtype), rate, key)
+
+
+def locked_dropout(xs: Float[Array, "B T ..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "B T ..."]:
+    """Dropout with one draw a row and feature for all steps."""
+    scale = locked_scale((xs.shape[0], 1, *xs.shape[2:]), rate, key, xs.dtype)
+    return xs if scale is None else xs * scale
+
+
+@dataclass(frozen=True)
+class Zoneout:
+    """A rule whose units keep their old value with the given rate a state field; without noise, its expectation.
+
+    fields: (name, rate) pairs. The noise is one bool array (B, ..., D) a field, True where the old value stays. The
+    output is the state's h, so the rule's own output must be its h.
+    """
+
+    rule: Callable
+    fields: tuple[tuple[str, float], ...]
+
+    @property
+    def inner(self) -> Callable:
+        return self.rule.inner
+
+    def __call__(self, x, r, state, params, *noise) -> tuple[Any, Array]:
+        new, _ = self.rule(x, r, state, params)
+        for n, (field, rate) in enumerate(self.fields):
+            a, b = getattr(state, field), getattr(new, field)
+            kept = jnp.where(noise[n], a, b) if noise else rate * a + (1 - rate) * b
+            new = new._replace(**{field: kept})
+        return new, new.h
+
+    def noise(self, shape: tuple[int, ...], key: Key[Array, ""]) -> tuple[Bool[Array, "..."], ...]:
+        """The draws of all steps; shape (B, T, ..., D)."""
+        keys = jax.random.split(key, len(self.fields))
+        return tuple(jax.random.bernoulli(k, rate, shape) for k, (_, rate) in zip(keys, self.fields))
+
+
+def activation_l2(ys: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, ""]:
+    """Mean square of the outputs over the valid steps (AR), to be scaled by alpha."""
+    return mean_square(ys, jnp.ones(ys.shape[:2], bool) if mask is None else mask)
+
+
+def temporal_l2(
+    ys: Float[Array, "B T D"],
+    mask: Bool[Array, "B T"] | None = None,
+    reset: Bool[Array, "B T"] | None = None,
+) -> Float[Array, ""]:
+    """Mean square of h_t - h_{t-1} (TAR), to be scaled by beta, over neighbours that are valid and of one sequence."""
+    valid = jnp.ones(ys.shape[:2], bool) if mask is None else mask
+    pairs = valid[:, 1:] & valid[:, :-1]
+    if reset is not None:
+        pairs = pairs & ~reset[:, 1:]
+    return mean_square(ys[:, 1:] - ys[:, :-1], pairs)
+
+
+def mean_square(x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Over the valid entries; 0 if there is none."""
+    total = jnp.sum(jnp.where(valid[..., None], x, 0) ** 2)
+    return total / (jnp.maximum(valid.sum(), 1) * x.shape[-1])
