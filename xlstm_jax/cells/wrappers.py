@@ -135,7 +135,7 @@ class Stack(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T ..."], tuple]:
         """xs (B, T, D_in) to outputs (B, T, D) and the last states."""
-        if state is not None and (not isinstance(state, tuple) or len(state) != self.period):
+        if state is not None and (type(state) is not tuple or len(state) != self.period):
             raise ValueError(
                 f"state must be a tuple of {self.period} states, one a layer, not a {type(state).__name__}"
             )
