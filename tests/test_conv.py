@@ -44,11 +44,11 @@ CONV = dict(rngs=nnx.Rngs(0))
 BAD = {
     "wide kernel": (
         lambda: call(cells.ConvLSTM(1, 2, (3, 6), padding="valid", **CONV), IMAGES),
-        "kernel_size=6 with dilation=1 spans 6, the input is 5 wide",
+        r"a kernel of extent 6 \(kernel_size=6, dilation=1\) is wider than the input's 5",
     ),
     "wide dilated kernel": (
         lambda: call(cells.ConvGRU(1, 2, 3, dilation=2, padding="valid", **CONV), IMAGES),
-        "kernel_size=3 with dilation=2 spans 5, the input is 4 wide",
+        r"a kernel of extent 5 \(kernel_size=3, dilation=2\) is wider than the input's 4",
     ),
     "axes": (
         lambda: call(cells.ConvLSTM(1, 2, (3,), **CONV), IMAGES),
@@ -60,7 +60,7 @@ BAD = {
     "strides": (lambda: cells.ConvLSTM(1, 2, 3, strides=(1, 2, 3), **CONV), r"strides is \(1, 2, 3\)"),
     "zero": (lambda: cells.ConvLSTM(1, 2, (3, 0), **CONV), "wanted is a positive integer"),
     "heads": (lambda: cells.ConvLSTM(1, 2, 3, num_heads=2, **CONV), "neither heads"),
-    "size": (lambda: cells.ConvLSTM(1, 2, 3, **CONV).initial_state(2), "the inputs' size is not known"),
+    "size": (lambda: cells.ConvLSTM(1, 2, 3, **CONV).initial_state(2), "the size of the inputs is not known"),
 }
 
 

@@ -224,7 +224,7 @@ def masked(ys: Float[Array, "B T ..."], mask: Bool[Array, "B T"] | None) -> Floa
 
 
 def check_inputs(
-    xs: Any, features: int | tuple[int, ...], state: Any, empty_state: Callable[[], Any], mask: Any, reset: Any
+    xs: Any, features: int | tuple[int | str, ...], state: Any, empty_state: Callable[[], Any], mask: Any, reset: Any
 ) -> None:
     """One clear line for what does not fit, before anything is computed.
 
