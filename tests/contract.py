@@ -12,12 +12,16 @@ B, T, PIECE = 3, 12, 4
 
 
 class Subject(NamedTuple):
-    """make(**form, dtype=, param_dtype=) builds the module; `tokens`: vocabulary if its inputs are tokens, else 0."""
+    """make(**form, dtype=, param_dtype=) builds the module; `shape`: of its inputs after (B, T).
+
+    tokens: the vocabulary if its inputs are tokens, else 0; causal: False where later inputs are read too.
+    """
 
     make: Callable[..., nnx.Module]
-    in_features: int
+    shape: tuple[int, ...]
     tokens: int = 0
     forms: tuple[dict, ...] = ({},)
+    causal: bool = True
 
 
 def draw(subject: Subject, module: nnx.Module, seed: int):
@@ -33,7 +37,7 @@ def draw(subject: Subject, module: nnx.Module, seed: int):
     if subject.tokens:
         xs = jax.random.randint(next(keys), (B, T), 0, subject.tokens)
     else:
-        xs = jax.random.normal(next(keys), (B, T, subject.in_features), jnp.float64)
+        xs = jax.random.normal(next(keys), (B, T, *subject.shape), jnp.float64)
     mask = jax.random.bernoulli(next(keys), 0.7, (B, T)).at[B - 1].set(False)
     reset = jax.random.bernoulli(next(keys), 0.2, (B, T))
     return graphdef, params, xs, mask, reset
@@ -53,21 +57,15 @@ class Programs:
             return jnp.sum(ys * weights[0]) + weights[1] * sum(jnp.sum(jnp.sin(leaf)) for leaf in floats), (ys, last)
 
         def pieces(params, xs, state, mask, reset, weights):
-            total = 0.0
-            outputs = []
-            for start in range(0, T, PIECE):
-                cut = slice(start, start + PIECE)
-                last = start + PIECE == T
-                value, (ys, state) = loss(
-                    params,
-                    xs[:, cut],
-                    state,
-                    mask[:, cut],
-                    reset[:, cut],
-                    (weights[0][:, cut], weights[1] if last else 0.0),
-                )
-                total, outputs = total + value, [*outputs, ys]
-            return total, (jnp.concatenate(outputs, axis=1), state)
+            def body(state, piece):
+                xs, mask, reset, *weights = piece
+                value, (ys, state) = loss(params, xs, state, mask, reset, weights)
+                return state, (value, ys)
+
+            last = jnp.zeros((B, T // PIECE)).at[:, -1].set(weights[1])  # only the last piece's state counts
+            cut = [a.reshape(B, T // PIECE, -1, *a.shape[2:]).swapaxes(0, 1) for a in (xs, mask, reset, weights[0])]
+            state, (values, ys) = jax.lax.scan(body, state, (*cut, last[0]))
+            return jnp.sum(values), (ys.swapaxes(0, 1).reshape(weights[0].shape), state)
 
         argnums = (0,) if tokens else (0, 1)
         gradient = lambda f: jax.jit(jax.value_and_grad(f, argnums=argnums, has_aux=True))  # noqa: E731
@@ -118,8 +116,12 @@ def check(subject: Subject, *, seed: int = 0) -> None:
         reference = reference or results
         close(results, reference, what=f"{form} differs from {subject.forms[0]}")
     jax.block_until_ready(jax.jit(lambda state: state, donate_argnums=0)(module.initial_state(B)))  # no leaf twice
-    for part in (whole_or_in_parts, masked_is_compacted, packed_is_alone, causal, transforms):
+    close(programs.plain(params, xs), (case.ys, case.state), what="without state and flags = from the empty state")
+    for part in (masked_is_compacted, packed_is_alone, transforms):
         part(subject, case)
+    if subject.causal:
+        whole_or_in_parts(subject, case)
+        causal(subject, case)
     low_precision(subject, xs, mask, reset)
 
 
@@ -143,7 +145,6 @@ class Case:
 
 def whole_or_in_parts(subject, case):
     p = case.programs
-    close(p.plain(case.params, case.xs), (case.ys, case.state), what="without state and flags = from the empty state")
     args = case.params, case.xs, case.state, case.mask, case.reset, case.weights
     close(p.pieces(*args), p.whole(*args), what="split = whole, gradients too")
     stepped, state = [], case.state
@@ -163,7 +164,7 @@ def masked_is_compacted(subject, case):
             pending |= reset[b, t]
             moved[b, t], pending = (pending, False) if mask[b, t] else (False, pending)
     front_mask, weights = to_front(np.ones((B, T), bool), mask), (to_front(case.weights[0], mask), 1.0)
-    for flags in (reset, reset & mask):
+    for flags in (reset, reset & mask) if subject.causal else (reset & mask,):
         (loss, (ys, state)), grads = case.run(mask=case.mask, reset=jnp.asarray(flags))
         assert np.all(np.asarray(ys)[~mask] == 0), "a masked step outputs zeros"
         (front_loss, (front, front_state)), front_grads = case.run(
@@ -211,7 +212,7 @@ def causal(subject, case):
         before, after = (case.run(xs=xs, reset=reset)[0][1][0][:, t + 1 :] for xs in (case.xs, changed))
         assert np.array_equal(before, after), "nothing crosses a reset"
         return
-    early = jnp.where((jnp.arange(T) <= t)[None, :, None], case.weights[0], 0)
+    early = case.weights[0].at[:, t + 1 :].set(0)
     grad = case.run(reset=case.reset, weights=(early, 0.0))[1][1]
     assert np.all(np.asarray(grad[:, t + 1 :]) == 0), "causality"
     grad = case.run(reset=case.off.at[:, t + 1].set(True), weights=(case.weights[0] - early, 1.0))[1][1]

@@ -18,6 +18,8 @@ from ..regularizers import Zoneout, dropout, locked_dropout, locked_scale
 class Cell(nnx.Module):
     """One step of any layer is the sequence of one step; a subclass has `initial_state` and `__call__`."""
 
+    forms: tuple[str, ...] = ()  # the first is the plain loop; a cell made of cells has theirs
+
     def step(self, x: Array, state: Any, reset: Bool[Array, " B"] | None = None) -> tuple[Array, Any]:
         """x (B, D_in), or tokens (B,), and the state to y (B, D) and the next state; a True `reset` empties it."""
         ys, state = self(x[:, None], state, reset=None if reset is None else reset[:, None])
@@ -222,7 +224,7 @@ def masked(ys: Float[Array, "B T ..."], mask: Bool[Array, "B T"] | None) -> Floa
 
 
 def check_inputs(
-    xs: Any, features: int | tuple[int, ...], state: Any, empty_state: Callable[[], Any], mask: Any, reset: Any
+    xs: Any, features: int | tuple[int | str, ...], state: Any, empty_state: Callable[[], Any], mask: Any, reset: Any
 ) -> None:
     """One clear line for what does not fit, before anything is computed.
 

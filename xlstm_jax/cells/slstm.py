@@ -49,7 +49,7 @@ class SLSTM(RecurrentCell):
         *,
         num_heads: int = 4,
         recurrent_init: Initializer | str = "zeros",
-        forget_bias: Initializer | str | float = "powerlaw",
+        forget_bias: Initializer | str | float | None = "powerlaw",
         **options,
     ):
         own = dict(num_heads=num_heads, recurrent_init=recurrent_init, forget_bias=forget_bias)

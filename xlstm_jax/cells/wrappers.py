@@ -57,8 +57,7 @@ class Bidirectional(Cell):
         keys = (None, None) if key is None else jax.random.split(key)
         ys, forward = self.forward(xs, forward, mask, reset, key=keys[0])
         flip = lambda a: None if a is None else jnp.flip(a, axis=1)  # noqa: E731
-        # a sequence that begins at t ends, read backwards, before t - 1
-        ends = None if reset is None else jnp.roll(reset, -1, axis=1).at[:, -1].set(False)
+        ends = None if reset is None else last_steps(mask, reset)
         zs, backward = self.backward(flip(xs), backward, flip(mask), flip(ends), key=keys[1])
         if ys.shape != zs.shape and self.merge != "concat":
             raise ValueError(f"merge={self.merge!r} needs outputs of one shape, not {ys.shape} and {zs.shape}")
@@ -67,6 +66,20 @@ class Bidirectional(Cell):
     def step(self, x, state, reset=None):
         """What comes later is needed, so there is no step."""
         raise TypeError("a Bidirectional cell needs the whole sequence and has no step")
+
+
+def last_steps(mask: Bool[Array, "B T"] | None, reset: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+    """The valid steps at which a sequence ends and another follows: a reset lies between it and the next valid step."""
+    sequence = jnp.cumsum(reset, axis=1)
+    if mask is None:
+        following = jnp.concatenate([sequence[:, 1:], sequence[:, -1:]], axis=1)
+        return following > sequence
+    # the sequence of the next valid step (that of the step itself where there is none), found from the end
+    none = jnp.iinfo(sequence.dtype).max
+    at_valid = jnp.where(mask, sequence, none)
+    following = jax.lax.cummin(at_valid, axis=1, reverse=True)[:, 1:]
+    following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=none)
+    return mask & (following > sequence) & (following < none)
 
 
 class Stack(Cell):
@@ -122,7 +135,7 @@ class Stack(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T ..."], tuple]:
         """xs (B, T, D_in) to outputs (B, T, D) and the last states."""
-        if state is not None and (not isinstance(state, tuple) or len(state) != self.period):
+        if state is not None and (type(state) is not tuple or len(state) != self.period):
             raise ValueError(
                 f"state must be a tuple of {self.period} states, one a layer, not a {type(state).__name__}"
             )

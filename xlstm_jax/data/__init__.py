@@ -1,1 +1,1 @@
-"""Corpora as byte arrays, and what a compressor makes of them."""
+"""Corpora as byte arrays, what a compressor makes of them, and packing."""

@@ -1,0 +1,101 @@
+"""Bidirectional and Stack; the contract itself is checked in test_contract.py."""
+
+import contextlib
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xlstm_jax import cells
+
+XS = jax.random.normal(jax.random.key(0), (3, 7, 4))
+
+
+def pair(merge="concat", **options):
+    forward, backward = (cells.GRU(4, 5, rngs=nnx.Rngs(seed), **options) for seed in range(2))
+    return cells.Bidirectional(forward, backward, merge=merge)
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum", "mean", "product"])
+def test_merges(merge):
+    cell = pair(merge)
+    a, b = cell.forward(XS)[0], cell.backward(XS[:, ::-1])[0][:, ::-1]
+    want = {"concat": np.concatenate([a, b], -1), "sum": a + b, "mean": (a + b) / 2, "product": a * b}[merge]
+    np.testing.assert_allclose(cell(XS)[0], want, rtol=1e-6)
+
+
+def test_each_sequence_is_read_backwards_as_if_alone():
+    """Any mask and packed sequences: each equals a run of its own, both ways."""
+    keys = jax.random.split(jax.random.key(1))
+    mask, reset = jax.random.bernoulli(keys[0], 0.6, (3, 7)), jax.random.bernoulli(keys[1], 0.3, (3, 7))
+    mask = mask.at[2].set(False)
+    cell = pair()
+    ys, _ = cell(XS, mask=mask, reset=reset)
+    assert np.all(np.asarray(ys)[~np.asarray(mask)] == 0)
+    segment = np.cumsum(reset, axis=1)
+    for row in range(3):
+        for s in np.unique(segment[row]):
+            own = np.asarray(mask[row]) & (segment[row] == s)
+            if own.any():
+                np.testing.assert_allclose(ys[row][own], cell(XS[row][own][None])[0][0], rtol=1e-5, atol=1e-6)
+
+
+def test_states_enter_and_leave_at_both_ends():
+    cell = pair()
+    state = jax.tree.map(lambda a: a + 0.5, cell.initial_state(3))
+    _, last = cell(XS, state)
+    np.testing.assert_allclose(last.backward.h, cell.backward(XS[:, ::-1], state.backward)[1].h, rtol=1e-6)
+    np.testing.assert_allclose(last.forward.h, cell.forward(XS, state.forward)[1].h, rtol=1e-6)
+
+
+def test_a_pattern_changes_nothing_but_the_storage():
+    def layers():
+        return [cells.GRU(4, 4, rngs=nnx.Rngs(seed)) for seed in range(3)]
+
+    plain, scanned = cells.Stack(layers(), residual=True), cells.Stack(layers(), residual=True, pattern=["gru"] * 3)
+    assert scanned.repeats == 3
+    ys, state = plain(XS)
+    zs, stacked = scanned(XS)
+    np.testing.assert_allclose(zs, ys, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stacked[0].h, jnp.stack([s.h for s in state]), rtol=1e-5, atol=1e-6)
+
+
+@contextlib.contextmanager
+def unchecked():
+    """The calls as users have them, without the run-time annotations that pytest adds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for cell in (cells.Bidirectional, cells.Stack):
+            patch.setattr(cell, "__call__", inspect.unwrap(cell.__call__))
+        yield
+
+
+GRU = cells.GRU(4, 5, rngs=nnx.Rngs(0))
+BAD = {
+    "merge": (lambda: pair("add"), "unknown merge 'add'"),
+    "state": (lambda: pair()(XS, GRU.initial_state(3)), "state must be a BidirectionalState, not a GRUState"),
+    "widths": (
+        lambda: cells.Bidirectional(GRU, cells.GRU(4, 6, rngs=nnx.Rngs(0)), merge="sum")(XS),
+        r"merge='sum' needs outputs of one shape, not \(3, 7, 5\) and \(3, 7, 6\)",
+    ),
+    "no layers": (lambda: cells.Stack([]), "at least one layer"),
+    "residual": (lambda: cells.Stack([GRU], residual=True)(XS), "residual=True needs layers of equal widths"),
+    "layers' states": (lambda: cells.Stack([GRU])(XS, GRU.initial_state(3)._replace()), "state must be a tuple of 1"),
+    "dropout": (lambda: cells.Stack([GRU], dropout=1.0), r"dropout is 1.0"),
+    "pattern": (lambda: cells.Stack([GRU], pattern=["a", "b"]), "pattern names 2 kinds for 1 layers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_argument_says_what_is_wrong(case):
+    call, message = BAD[case]
+    with unchecked(), pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_a_bidirectional_cell_has_no_step():
+    with pytest.raises(TypeError, match="has no step"):
+        pair().step(XS[:, 0], pair().initial_state(3))
