@@ -9,6 +9,7 @@ that what vanishes is seen and not rounded to zero.
 import functools
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,7 +172,7 @@ def draw(rows: list[tuple], found: list[Measured], settings: Settings, file: Pat
     title = (
         f"Why LSTMs remember: the gradient of the last output over {settings.steps} steps of {what}, before training"
     )
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(textwrap.fill(title, 50 * count), fontsize=12)
     figure.savefig(file, dpi=96)
     pyplot.close(figure)
 
@@ -191,7 +192,7 @@ def draw_gradients(axis, lines: list[Line], faint: list[Line], steps: int) -> No
     axis.set(yscale="log", ylim=(max(lowest, 0.1 * values.min()), 10 * top), xlim=(0, steps))
     axis.set(xlabel=r"lag $T - t$, steps", ylabel=r"$|\partial L/\partial s_t|$ relative to lag 1")
     axis.axhline(1, color="#999999", linewidth=0.8, zorder=0)
-    axis.legend(frameon=False, fontsize=8, loc="best", handlelength=3.4)
+    axis.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.44), handlelength=3.4)
 
 
 def draw_half_lives(axis, lines: list[Line], steps: int) -> None:
