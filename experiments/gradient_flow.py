@@ -160,7 +160,7 @@ def draw(rows: list[tuple], found: list[Measured], settings: Settings, file: Pat
     plain = [line for line in lines if line.measured.log_forget is None]
     panels = [each for each in (plain, gated) if each]
     count = len(panels) + bool(gated)
-    figure, axes = pyplot.subplots(1, count, figsize=(4.6 * count, 4.6), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(1, count, figsize=(4.6 * count, 5.0), squeeze=False, layout="constrained")
     for axis, members in zip(axes[0], panels):
         draw_gradients(axis, members, plain if members is gated else [], settings.steps)
         axis.set_title("With gates" if members is gated else "Without gates", fontsize=11)
@@ -192,7 +192,8 @@ def draw_gradients(axis, lines: list[Line], faint: list[Line], steps: int) -> No
     axis.set(yscale="log", ylim=(max(lowest, 0.1 * values.min()), 10 * top), xlim=(0, steps))
     axis.set(xlabel=r"lag $T - t$, steps", ylabel=r"$|\partial L/\partial s_t|$ relative to lag 1")
     axis.axhline(1, color="#999999", linewidth=0.8, zorder=0)
-    axis.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.44), handlelength=3.4)
+    place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    axis.legend(frameon=False, fontsize=8, handlelength=3.4, columnspacing=1.2, **place)
 
 
 def draw_half_lives(axis, lines: list[Line], steps: int) -> None:
