@@ -47,8 +47,14 @@ ROWS = (
 )
 FILE = "gradient_flow"
 EVERY = 10  # lags between the numbers that a result row keeps
-COLOURS = {"elman": "#D55E00", "lstm": "#0072B2", "gru": "#E69F00", "slstm": "#009E73", "mlstm": "#CC79A7"}
-OTHERS = ("#000000", "#56B4E9", "#8C8C8C", "#7A4B00")  # colours of other cells; all by Okabe and Ito, or told by grey
+COLOURS = {  # told apart without red or green (Okabe and Ito 2008)
+    "elman": "#D55E00",
+    "lstm": "#0072B2",
+    "gru": "#E69F00",
+    "slstm": "#009E73",
+    "mlstm": "#CC79A7",
+}
+OTHERS = ("#000000", "#56B4E9", "#8C8C8C", "#7A4B00")  # of other cells
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 STYLES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)))
 LIMITS = ((1e-60, 1e60), (1e-20, 1e20))  # of the axes, without and with gates
