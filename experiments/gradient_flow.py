@@ -47,7 +47,7 @@ ROWS = (
 )
 FILE = "gradient_flow"
 EVERY = 10  # lags between the numbers that a result row keeps
-COLOURS = {  # told apart without red or green (Okabe and Ito 2008)
+COLOURS = {  # safe for the colour-blind (Okabe and Ito 2008)
     "elman": "#D55E00",
     "lstm": "#0072B2",
     "gru": "#E69F00",
