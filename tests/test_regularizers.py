@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from xlstm_jax import cells
+from xlstm_jax.cells.gru import GRUState
 from xlstm_jax.regularizers import activation_l2, dropout, locked_dropout, temporal_l2
 
 XS = jax.random.normal(jax.random.key(0), (2, 6, 3))
@@ -60,7 +61,7 @@ def test_a_regulariser_is_random_with_a_key_alone_and_equal_in_all_forms(x64, na
 def test_zoneout_keeps_the_old_state(x64):
     """Rate 1 keeps all of it; in expectation it is the mean of the old and the new."""
     cell = cells.GRU(3, 5, zoneout=1.0, rngs=nnx.Rngs(0))
-    state = cells.gru.GRUState(jnp.ones((2, 5)))
+    state = GRUState(jnp.ones((2, 5)))
     for key in (None, jax.random.key(0)):
         ys, last = cell(XS, state, key=key)
         assert np.all(np.asarray(last.h) == 1) and np.all(np.asarray(ys) == 1)

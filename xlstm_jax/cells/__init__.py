@@ -1,42 +1,19 @@
-"""Recurrent cells under one contract; `CELLS` maps names to classes."""
+"""Recurrent cells under one contract; `CELLS` maps names to classes: "peephole_lstm" is PeepholeLSTM."""
 
+import re
+
+from .base import Cell
 from .conv import ConvGRU, ConvLSTM
 from .elman import Elman
 from .gru import GRU, MGU
 from .lstm import LSTM, CoupledLSTM, LayerNormLSTM, PeepholeLSTM, ProjectedLSTM
 from .mlstm import MLSTM
 from .slstm import SLSTM
-from .wrappers import Bidirectional, Stack
 
-CELLS = {
-    "elman": Elman,
-    "lstm": LSTM,
-    "peephole_lstm": PeepholeLSTM,
-    "coupled_lstm": CoupledLSTM,
-    "projected_lstm": ProjectedLSTM,
-    "layer_norm_lstm": LayerNormLSTM,
-    "gru": GRU,
-    "mgu": MGU,
-    "slstm": SLSTM,
-    "mlstm": MLSTM,
-    "conv_lstm": ConvLSTM,
-    "conv_gru": ConvGRU,
+CELLS: dict[str, type[Cell]] = {
+    re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): cell
+    for name, cell in dict(globals()).items()
+    if isinstance(cell, type) and cell is not Cell
 }
 
-__all__ = [
-    "CELLS",
-    "Bidirectional",
-    "ConvGRU",
-    "ConvLSTM",
-    "CoupledLSTM",
-    "Elman",
-    "GRU",
-    "LSTM",
-    "LayerNormLSTM",
-    "MGU",
-    "MLSTM",
-    "PeepholeLSTM",
-    "ProjectedLSTM",
-    "SLSTM",
-    "Stack",
-]
+from .wrappers import Bidirectional, Stack  # noqa: E402  cells made of cells, which have no name above
