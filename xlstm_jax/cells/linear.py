@@ -19,7 +19,7 @@ RG-LRU (De et al. 2024, Griffin, arXiv:2402.19427, section 2.4, eqs. 1-4, log a 
 The recurrence itself, in its forms, is `kernels.linear`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,11 +98,11 @@ class LinearCell(Cell):
         """float32, or float64 where the parameters are."""
         return jnp.promote_types(self.param_dtype, jnp.float32)
 
-    def initial_state(self, batch_size: int) -> NamedTuple:
+    def initial_state(self, batch_size: int) -> Any:
         """The empty state h = 0."""
         return self.State(jnp.zeros((batch_size, self.features), self.state_dtype))
 
-    def project(self, xs: Float[Array, "B T D_in"]) -> list[Float[Array, "B T D"]]:
+    def project(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], ...]:
         """W x + b, an array a gate."""
         W, N = self.W[...].astype(xs.dtype), self.num_heads
         E, G, D = W.shape
@@ -115,12 +115,12 @@ class LinearCell(Cell):
     def __call__(
         self,
         xs: Float[Array, "B T D_in"],
-        state: NamedTuple | None = None,
+        state: Any = None,
         mask: Bool[Array, "B T"] | None = None,
         reset: Bool[Array, "B T"] | None = None,
         *,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], NamedTuple]:
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """xs (B, T, D_in) to outputs (B, T, D) and the last state; nothing is random, so `key` is not used."""
         check_inputs(xs, self.in_features, state, self.State, mask, reset)
         dtype = self.dtype or xs.dtype
@@ -217,11 +217,10 @@ class RGLRU(LinearCell):
         super().__init__(features, features, num_heads=num_heads, kernel_init=kernel_init, rngs=rngs, **options)
         self.in_features = in_features
         self.Lambda = nnx.Param(decay_logits(rngs.params(), features, low, high).astype(self.param_dtype))
-        self.projection = None
-        if in_features != features:
-            dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-            init = initializer(kernel_init)
-            self.projection = nnx.Linear(in_features, features, use_bias=False, kernel_init=init, rngs=rngs, **dtypes)
+        shared = dict(kernel_init=initializer(kernel_init), dtype=self.dtype, param_dtype=self.param_dtype)
+        self.projection = (
+            None if in_features == features else nnx.Linear(in_features, features, use_bias=False, rngs=rngs, **shared)
+        )
 
     def coefficients(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """log a, and sqrt(1 - a^2) i x."""
