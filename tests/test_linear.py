@@ -209,6 +209,7 @@ BAD = {
     "heads of inputs": (lambda: MinGRU(3, 4, num_heads=2, rngs=nnx.Rngs(0)), "num_heads=2 must divide in_features=3"),
     "no heads": (lambda: MinGRU(3, 4, num_heads=0, rngs=nnx.Rngs(0)), "num_heads=0 must divide"),
     "width": (lambda: MinLSTM(3, 0, rngs=nnx.Rngs(0)), "features is 0: at least 1"),
+    "width of inputs": (lambda: RGLRU(0, 4, rngs=nnx.Rngs(0)), "in_features is 0: at least 1"),
     "decay": (
         lambda: RGLRU(4, 4, decay_range=(0.9, 1.0), rngs=nnx.Rngs(0)),
         r"decay_range must be .* not \(0.9, 1",

@@ -212,6 +212,8 @@ class RGLRU(LinearCell):
         **options,
     ):
         low, high = decay_range
+        if in_features < 1:
+            raise ValueError(f"in_features is {in_features}: at least 1 is needed")
         if not 0 < low <= high < 1:
             raise ValueError(f"decay_range must be (low, high) with 0 < low <= high < 1, not {decay_range}")
         super().__init__(features, features, num_heads=num_heads, kernel_init=kernel_init, rngs=rngs, **options)
