@@ -202,9 +202,9 @@ BAD = {
     "form": (lambda: MinGRU(3, 4, form="fused", rngs=nnx.Rngs(0)), "unknown form of MinGRU 'fused'"),
     "log of negative": (
         lambda: MinLSTM(3, 4, log_space=False, form="log", rngs=nnx.Rngs(0)),
-        "needs a cell with log_space",
+        "form='log' needs log_space=True",
     ),
-    "log of RG-LRU": (lambda: RGLRU(4, 4, form="log", rngs=nnx.Rngs(0)), "needs a cell with log_space"),
+    "log of RG-LRU": (lambda: RGLRU(4, 4, form="log", rngs=nnx.Rngs(0)), "unknown form of RGLRU 'log'"),
     "heads": (lambda: RGLRU(3, 6, num_heads=4, rngs=nnx.Rngs(0)), "num_heads=4 must divide features=6"),
     "heads of inputs": (lambda: MinGRU(3, 4, num_heads=2, rngs=nnx.Rngs(0)), "num_heads=2 must divide in_features=3"),
     "no heads": (lambda: MinGRU(3, 4, num_heads=0, rngs=nnx.Rngs(0)), "num_heads=0 must divide"),
@@ -224,9 +224,13 @@ BAD = {
     ),
     "state of another width": (
         lambda: MinGRU(3, 4, rngs=nnx.Rngs(0))(XS, MinGRU(3, 5, rngs=nnx.Rngs(0)).initial_state(2)),
-        r"state must have the shape \(2, 4\), not \(2, 5\)",
+        r"state.h must have the shape \(2, 4\) for these inputs, not \(2, 5\)",
     ),
     "kernel form": (lambda: recurrence("log2")(XS, XS, XS[:, 0]), "unknown form of a linear recurrence 'log2'"),
+    "kernel state": (
+        lambda: recurrence("scan")(XS, XS, XS[:, 0, :2]),
+        r"state must have the shape \(2, 3\), not \(2, 2",
+    ),
     "kernel shapes": (lambda: recurrence("scan")(XS, XS[:, :4], XS[:, 0]), r"not \(2, 5, 3\) and \(2, 4, 3\)"),
 }
 

@@ -28,9 +28,10 @@ from jax.nn import log_sigmoid, sigmoid, softplus
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
+from ..initializers import Initializer, initializer, per_gate
 from ..kernels.linear import linear_recurrence, log_linear_recurrence
 from ..names import unknown
-from .base import Cell, Initializer, check_inputs, initializer, per_gate
+from .base import Cell, check_inputs
 
 C = 8.0  # the RG-LRU's constant c
 
@@ -57,7 +58,7 @@ class LinearCell(Cell):
     State: type
     gates: tuple[str, ...]
     log_space: bool = False
-    forms = ("scan", "associative", "log")
+    forms: tuple[str, ...] = ("scan", "associative")
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class LinearCell(Cell):
         if form not in self.forms:
             raise ValueError(unknown(f"form of {type(self).__name__}", form, self.forms))
         if form == "log" and not self.log_space:
-            raise ValueError("form='log' needs a cell with log_space=True: MinGRU or MinLSTM")
+            raise ValueError("form='log' needs log_space=True: a candidate that can be negative has no logarithm")
         self.in_features, self.features, self.num_heads = in_features, features, num_heads
         self.dtype, self.param_dtype = dtype, param_dtype
         self.form, self.chunk_size = form, chunk_size
@@ -121,8 +122,8 @@ class LinearCell(Cell):
         *,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """xs (B, T, D_in) to outputs (B, T, D) and the last state; nothing is random, so `key` is not used."""
-        check_inputs(xs, self.in_features, state, self.State, mask, reset)
+        """xs (B, T, D_in) to outputs (B, T, D) and the last state; nothing is random, whatever the key."""
+        check_inputs(xs, self.in_features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
         dtype = self.dtype or xs.dtype
         h = (self.initial_state(xs.shape[0]) if state is None else state).h
         options = dict(chunk_size=self.chunk_size, mask=mask, reset=reset)
@@ -148,7 +149,7 @@ def write(log_gate: Array, candidate: Array, log_space: bool) -> Array:
 class MinGRU(LinearCell):
     """minGRU; `log_space=False` has the plain candidate h~, which can be negative, and no form "log"."""
 
-    State, gates = MinGRUState, ("z", "h")
+    State, gates, forms = MinGRUState, ("z", "h"), (*LinearCell.forms, "log")
 
     def __init__(self, in_features: int, features: int, *, log_space: bool = True, **options):
         self.log_space = log_space
@@ -163,13 +164,23 @@ class MinGRU(LinearCell):
 class MinLSTM(LinearCell):
     """minLSTM; `forget_bias` is the forget gate's initial bias, and `log_space` as for the minGRU."""
 
-    State, gates = MinLSTMState, ("f", "i", "h")
+    State, gates, forms = MinLSTMState, ("f", "i", "h"), (*LinearCell.forms, "log")
 
-    def __init__(self, in_features: int, features: int, *, forget_bias: float = 1.0, log_space: bool = True, **options):
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        forget_bias: Initializer | str | float = 1.0,
+        log_space: bool = True,
+        rngs: nnx.Rngs,
+        **options,
+    ):
         self.log_space = log_space
-        super().__init__(in_features, features, **options)
+        super().__init__(in_features, features, rngs=rngs, **options)
         if self.b is not None:
-            self.b[...] = self.b[...].at[0].set(forget_bias)
+            bias = initializer(forget_bias)(rngs.params(), (features,), self.state_dtype)
+            self.b[...] = self.b[...].at[0].set(bias.astype(self.param_dtype))
 
     def coefficients(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """log f / (f + i), and i / (f + i) h~ or its logarithm: f / (f + i) = sigmoid(log f - log i)."""
