@@ -195,6 +195,7 @@ def test_initial_values():
     assert RGLRU(3, 8, rngs=nnx.Rngs(0)).projection.kernel.shape == (3, 8)
     assert np.array_equal(MinLSTM(3, 2, forget_bias=2.5, rngs=nnx.Rngs(0)).b[...], [[2.5] * 2, [0] * 2, [0] * 2])
     assert MinGRU(3, 2, use_bias=False, rngs=nnx.Rngs(0)).b is None
+    assert np.all(MinGRU(3, 2, bias_init=0.5, rngs=nnx.Rngs(0)).b[...] == 0.5)
 
 
 XS = jnp.ones((2, 5, 3))

@@ -8,7 +8,7 @@ minLSTM (section 3.2, with the gates normalised)
 
     f, i = sigmoid(W x_t + b);   h~ = W_h x_t + b_h;   h_t = f / (f + i) h_{t-1} + i / (f + i) h~
 
-and both in log space (appendix B), as in the paper's experiments, with g(h~) in place of h~, which keeps h positive:
+and both in log space (appendix B), the default here, with g(h~) in place of h~, which keeps h positive:
 g(x) = x + 0.5 where x >= 0, sigmoid(x) elsewhere.
 
 RG-LRU (De et al. 2024, Griffin, arXiv:2402.19427, section 2.4, eqs. 1-4, log a as in appendix A)
@@ -68,6 +68,7 @@ class LinearCell(Cell):
         num_heads: int = 1,
         use_bias: bool = True,
         kernel_init: Initializer | str = "glorot",
+        bias_init: Initializer | str | float = "zeros",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         form: str = "associative",
@@ -87,12 +88,17 @@ class LinearCell(Cell):
         self.in_features, self.features, self.num_heads = in_features, features, num_heads
         self.dtype, self.param_dtype = dtype, param_dtype
         self.form, self.chunk_size = form, chunk_size
-        G = len(self.gates)
-        shape = in_features // num_heads, G, features // num_heads
+        shape = in_features // num_heads, len(self.gates), features // num_heads
         keys = jax.random.split(rngs.params(), num_heads)
         heads = [per_gate(initializer(kernel_init), key, shape, param_dtype) for key in keys]
         self.W = nnx.Param(jnp.concatenate(heads, axis=-1))
-        self.b = nnx.Param(jnp.zeros((G, features), param_dtype)) if use_bias else None
+        biases = jnp.stack([self.initial_bias(bias_init, rngs) for _ in self.gates])
+        self.b = nnx.Param(biases) if use_bias else None
+
+    def initial_bias(self, init: Initializer | str | float, rngs: nnx.Rngs) -> Float[Array, " D"]:
+        """One gate's, by head."""
+        shape = self.num_heads, self.features // self.num_heads
+        return initializer(init)(rngs.params(), shape, self.state_dtype).reshape(-1).astype(self.param_dtype)
 
     @property
     def state_dtype(self) -> DTypeLike:
@@ -179,8 +185,7 @@ class MinLSTM(LinearCell):
         self.log_space = log_space
         super().__init__(in_features, features, rngs=rngs, **options)
         if self.b is not None:
-            bias = initializer(forget_bias)(rngs.params(), (features,), self.state_dtype)
-            self.b[...] = self.b[...].at[0].set(bias.astype(self.param_dtype))
+            self.b[...] = self.b[...].at[0].set(self.initial_bias(forget_bias, rngs))
 
     def coefficients(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """log f / (f + i), and i / (f + i) h~ or its logarithm: f / (f + i) = sigmoid(log f - log i)."""
