@@ -6,6 +6,7 @@ from .base import Cell
 from .conv import ConvGRU, ConvLSTM
 from .elman import Elman
 from .gru import GRU, MGU
+from .linear import RGLRU, MinGRU, MinLSTM
 from .lstm import LSTM, CoupledLSTM, LayerNormLSTM, PeepholeLSTM, ProjectedLSTM
 from .mlstm import MLSTM
 from .slstm import SLSTM
@@ -15,5 +16,6 @@ CELLS: dict[str, type[Cell]] = {
     for name, cell in dict(globals()).items()
     if isinstance(cell, type) and cell is not Cell
 }
+CELLS["rg_lru"] = CELLS.pop("rglru")  # the hyphen of its name, RG-LRU, is not in the class's
 
 from .wrappers import Bidirectional, Stack  # noqa: E402  cells made of cells, which have no name above
