@@ -198,8 +198,8 @@ def is_program(value: Any) -> bool:
 def classes() -> dict[type, str]:
     """Every cell and its name in CELLS, and the public cells that have none, which are made of others."""
     named = {cls: f'`"{name}"`' for name, cls in cells.CELLS.items()}
-    public = [getattr(cells, name) for name in cells.__all__]
-    return named | {cls: "" for cls in public if inspect.isclass(cls) and cls not in named}
+    public = [value for value in vars(cells).values() if inspect.isclass(value) and value is not cells.Cell]
+    return named | {cls: "" for cls in public if cls not in named}
 
 
 def page() -> str:

@@ -10,10 +10,18 @@ from xlstm_jax import cells, models
 from xlstm_jax.attention import Attention
 from xlstm_jax.blocks import MLSTMLayer, SLSTMLayer
 
-RECURRENT = ({"form": "scan"}, {"form": "fused", "chunk_size": 4, "remat": True}, {"form": "fused", "chunk_size": 5})
+FORMS = {
+    "scan": {"form": "scan"},
+    "fused": {"form": "fused", "chunk_size": 5},
+    "recurrent": {"form": "recurrent"},
+    "parallel": {"form": "parallel"},
+    "chunkwise": {"form": "chunkwise", "chunk_size": 5},
+    "associative": {"form": "associative", "chunk_size": 5},
+    "log": {"form": "log", "chunk_size": 5},
+}
+RECURRENT = (FORMS["scan"], {"form": "fused", "chunk_size": 4, "remat": True}, FORMS["fused"])
 OPTIONS = {"projected_lstm": dict(projection=3), "conv_lstm": dict(kernel_size=3, space=(4, 3))}
 OPTIONS["conv_gru"] = OPTIONS["conv_lstm"]
-MATRIX = tuple({"form": form, "chunk_size": 5} for form in ("recurrent", "parallel", "chunkwise"))
 
 
 @pytest.mark.parametrize("name", cells.CELLS)
@@ -22,7 +30,7 @@ def test_cells(x64, name):
         return cells.CELLS[name](5, 8, rngs=nnx.Rngs(0), **OPTIONS.get(name, {}), **options)
 
     shape = (4, 3, 5) if name.startswith("conv") else (5,)
-    check(Subject(make, shape, forms=MATRIX if name == "mlstm" else RECURRENT))
+    check(Subject(make, shape, forms=tuple(FORMS[form] for form in cells.CELLS[name].forms)))
 
 
 # What the cells' own tests do not reach: (cell, options)

@@ -116,8 +116,8 @@ CELLS = {
     "min_gru_plain": (lambda **o: MinGRU(3, 4, log_space=False, **o), gru_step),
     "min_lstm": (lambda **o: MinLSTM(3, 4, **o), lstm_step),
     "min_lstm_plain": (lambda **o: MinLSTM(3, 4, log_space=False, use_bias=False, **o), lstm_step),
-    "rg_lru": (lambda **o: RGLRU(4, 4, num_heads=2, **o), lru_step),
-    "rg_lru_projected": (lambda **o: RGLRU(3, 4, num_heads=1, **o), lru_step),
+    "rglru": (lambda **o: RGLRU(4, 4, num_heads=2, **o), lru_step),
+    "rglru_projected": (lambda **o: RGLRU(3, 4, num_heads=1, **o), lru_step),
 }
 
 
@@ -153,13 +153,13 @@ def test_cells_are_their_papers_equations(x64, name):
     np.testing.assert_allclose(last.h, h, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["min_gru", "min_lstm", "rg_lru"])
+@pytest.mark.parametrize("name", ["min_gru", "min_lstm", "rglru"])
 def test_extreme_gates_are_finite(name):
     """All parameters at +-30 and +-1000: values and gradients, across resets, in every form."""
     make, _ = CELLS[name]
     keys = jax.random.split(jax.random.key(0), 9)
     reset = jax.random.bernoulli(keys[1], 0.2, (2, 24))
-    cells = [make(form=form, chunk_size=8, rngs=nnx.Rngs(0)) for form in (FORMS[:2] if name == "rg_lru" else FORMS)]
+    cells = [make(form=form, chunk_size=8, rngs=nnx.Rngs(0)) for form in (FORMS[:2] if name == "rglru" else FORMS)]
     xs = jax.random.normal(keys[0], (2, 24, cells[0].in_features))
     params = nnx.state(cells[0])
     leaves, treedef = jax.tree.flatten(params)

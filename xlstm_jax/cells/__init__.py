@@ -1,21 +1,21 @@
 """Recurrent cells under one contract; `CELLS` maps names to classes: "peephole_lstm" is PeepholeLSTM."""
+# ruff: noqa: I001 - from the simplest family to those that are made of others: the order of CELLS and of docs/cells.md
 
 import re
 
 from .base import Cell
-from .conv import ConvGRU, ConvLSTM
 from .elman import Elman
+from .lstm import LSTM, PeepholeLSTM, CoupledLSTM, ProjectedLSTM, LayerNormLSTM
 from .gru import GRU, MGU
-from .linear import RGLRU, MinGRU, MinLSTM
-from .lstm import LSTM, CoupledLSTM, LayerNormLSTM, PeepholeLSTM, ProjectedLSTM
-from .mlstm import MLSTM
 from .slstm import SLSTM
+from .mlstm import MLSTM
+from .linear import MinLSTM, MinGRU, RGLRU
+from .conv import ConvLSTM, ConvGRU
 
 CELLS: dict[str, type[Cell]] = {
     re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): cell
     for name, cell in dict(globals()).items()
     if isinstance(cell, type) and cell is not Cell
 }
-CELLS["rg_lru"] = CELLS.pop("rglru")  # the hyphen of its name, RG-LRU, is not in the class's
 
 from .wrappers import Bidirectional, Stack  # noqa: E402  cells made of cells, which have no name above
