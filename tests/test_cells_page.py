@@ -1,6 +1,5 @@
 """docs/cells.md: up to date and complete, and its formulas."""
 
-
 import pytest
 
 from experiments import cells_page

@@ -137,7 +137,7 @@ def test_conv_gru_at_a_kernel_of_one_is_a_gru_at_each_place(x64):
         np.testing.assert_allclose(ys[:, :, place], gru(xs[:, :, place])[0], rtol=1e-10, atol=1e-12)
 
 
-RULES = ["elman", "lstm", "peephole_lstm", "coupled_lstm", "layer_norm_lstm", "gru", "mgu", "slstm"]
+RULES = ["elman", "lstm", "peephole_lstm", "coupled_lstm", "layer_norm_lstm", "gru", "mgu", "janet", "slstm"]
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -7,6 +7,7 @@ from .base import Cell
 from .elman import Elman
 from .lstm import LSTM, PeepholeLSTM, CoupledLSTM, ProjectedLSTM, LayerNormLSTM
 from .gru import GRU, MGU
+from .janet import JANET
 from .slstm import SLSTM
 from .mlstm import MLSTM
 from .linear import MinLSTM, MinGRU, RGLRU
