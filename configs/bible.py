@@ -87,7 +87,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # streams that a split is read in, each from an empty state: few, so that little is read cold
     config.eval_batch_size = 8
     config.steps_per_dispatch = 20
-    config.update_from_flattened_dict(numbers["models"][model])
+    config.update_from_flattened_dict({name.removeprefix("+"): x for name, x in numbers["models"][model].items()})
     if debug:
         common.shrink(config)
         config.model.num_layers, config.model.embedding_dim, config.task.seq_len = 2, config.model.dim, 16
