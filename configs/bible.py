@@ -87,17 +87,26 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # streams that a split is read in, each from an empty state: few, so that little is read cold
     config.eval_batch_size = 8
     config.steps_per_dispatch = 20
-    config.update_from_flattened_dict({name.removeprefix("+"): x for name, x in numbers["models"][model].items()})
+    for name, value in numbers["models"][model].items():
+        if not name.startswith("+"):
+            config.update_from_flattened_dict({name: value})
+        elif named(model, arg):  # otherwise the rows of other models would have it too
+            config.update_from_flattened_dict({name[1:]: value})
     if debug:
         common.shrink(config)
         config.model.num_layers, config.model.embedding_dim, config.task.seq_len = 2, config.model.dim, 16
     return config.lock()
 
 
+def named(model: str, arg: str | None) -> bool:
+    """Whether the argument asks for this model alone."""
+    return model in (arg or "").split(",")
+
+
 def sweep(arg: str | None = None):
     """Both models, or the one that the argument names."""
     preset, model, debug = common.parse_arg(arg, PRESETS, MODELS)
-    for name in [model] if model in (arg or "").split(",") else MODELS:
+    for name in [model] if named(model, arg) else MODELS:
         yield {"model.backbone": name} | ({} if debug else PRESETS[preset]["models"][name])
 
 
