@@ -8,7 +8,7 @@ from flax import nnx
 
 from xlstm_jax import cells
 from xlstm_jax.cells.lstm import LSTMRule, LSTMState
-from xlstm_jax.kernels.mlstm import mlstm
+from xlstm_jax.kernels.mlstm import initial_state, mlstm
 from xlstm_jax.kernels.recurrent import recurrent
 
 
@@ -50,19 +50,27 @@ def test_reverse_is_the_mirrored_sequence(x64, form):
 
 
 @pytest.mark.parametrize("form", ["recurrent", "parallel", "chunkwise"])
-@pytest.mark.parametrize("size", [30.0, 1000.0])
-def test_mlstm_with_extreme_gates_is_finite(form, size):
+@pytest.mark.parametrize("size", [15.0, 30.0, 1000.0])
+def test_mlstm_with_extreme_gates_is_finite_and_a_reset_is_exact(form, size):
+    """Nothing of the 13 steps and of the state before the reset is in what follows, in values and gradients."""
     keys = jax.random.split(jax.random.key(0), 6)
     q, k, v = (jax.random.normal(key, (1, 24, 2, 4)) for key in keys[:3])
     i, f = (size * jnp.sign(jax.random.normal(key, (1, 24, 2))) for key in keys[3:5])
-    reset = jax.random.bernoulli(keys[5], 0.2, (1, 24))
+    reset = jax.random.bernoulli(keys[5], 0.2, (1, 24)).at[:, 13].set(True)
 
-    def loss(*args):
-        h, state = mlstm(*args, form=form, chunk_size=8, reset=reset)
-        return jnp.sum(h) + jnp.sum(state.C)
+    def loss(state, *args):
+        h, last = mlstm(*args, state, form=form, chunk_size=8, reset=reset)
+        return jnp.sum(h[:, 13:]) + jnp.sum(last.C), (h[:, 13:], last)
 
-    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))(q, k, v, i, f)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((value, grads)))
+    run = jax.jit(jax.value_and_grad(loss, argnums=range(6), has_aux=True))
+    empty = initial_state(1, 2, 4, 4)
+    (value, (h, last)), (d_state, *grads) = run(empty, q, k, v, i, f)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((value, d_state, grads)))
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(d_state))
+    assert all(np.all(np.asarray(leaf[:, :13]) == 0) for leaf in grads)
+    early = (q.at[:, :13].multiply(-1), k.at[:, :13].add(1), v, i.at[:, :13].multiply(-1), f)
+    (_, (other, other_last)), _ = run(jax.tree.map(lambda leaf: leaf + size, empty), *early)
+    assert np.array_equal(h, other) and all(np.array_equal(a, b) for a, b in zip(last, other_last))
 
 
 XS = jnp.ones((2, 5, 3))

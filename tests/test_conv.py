@@ -39,6 +39,16 @@ def test_peepholes_are_one_weight_a_channel():
     np.testing.assert_allclose(after[:, :, 4], after[:, :, 6], rtol=1e-5)
 
 
+def test_peepholes_by_position_that_are_equal_are_those_by_channel():
+    peepholes = (True, "position")
+    channel, position = (cells.ConvLSTM(1, 2, 3, peephole=p, space=(4, 5), rngs=nnx.Rngs(0)) for p in peepholes)
+    weights = jax.random.normal(jax.random.key(0), (3, 2))
+    channel.peephole[...] = weights
+    position.peephole[...] = jnp.broadcast_to(weights[:, None, None], (3, 4, 5, 2))
+    xs = jax.random.normal(jax.random.key(1), (2, 3, 4, 5, 1))
+    np.testing.assert_allclose(position(xs)[0], channel(xs)[0], rtol=1e-5, atol=1e-6)
+
+
 IMAGES = jnp.ones((2, 3, 4, 5, 1))
 CONV = dict(rngs=nnx.Rngs(0))
 BAD = {
@@ -59,6 +69,11 @@ BAD = {
     "rank": (lambda: cells.ConvLSTM(1, 2, (3, 3, 3, 3), **CONV), "1 to 3 axes"),
     "strides": (lambda: cells.ConvLSTM(1, 2, 3, strides=(1, 2, 3), **CONV), r"strides is \(1, 2, 3\)"),
     "zero": (lambda: cells.ConvLSTM(1, 2, (3, 0), **CONV), "wanted is a positive integer"),
+    "peephole": (lambda: cells.ConvLSTM(1, 2, 3, peephole="all", **CONV), "peephole must be False, True or"),
+    "peephole by position": (
+        lambda: cells.ConvLSTM(1, 2, 3, peephole="position", **CONV),
+        "the size of the inputs is not known",
+    ),
     "heads": (lambda: cells.ConvLSTM(1, 2, 3, num_heads=2, **CONV), "neither heads"),
     "size": (lambda: cells.ConvLSTM(1, 2, 3, **CONV).initial_state(2), "the size of the inputs is not known"),
 }

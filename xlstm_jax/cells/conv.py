@@ -110,8 +110,8 @@ class ConvCell:
         self.S = kernel(recurrent_init, keys[2], D, 1) if self.inner_shape else None
 
     def as_gate(self, a):
-        """A parameter (D,) with the rank of a gate (B, *space, D)."""
-        return a.astype(self.state_dtype).reshape((1,) * (1 + len(self.kernel_size)) + a.shape)
+        """A parameter (D,), or (*space, D), with the rank of a gate (B, *space, D)."""
+        return a.astype(self.state_dtype).reshape((1,) * (2 + len(self.kernel_size) - a.ndim) + a.shape)
 
     def input_shape(self, xs):
         """xs after (B, T); any space of the right number of axes."""
@@ -152,8 +152,18 @@ def per_axis(name: str, value: int | Sequence[int], n: int) -> tuple[int, ...]:
 class ConvLSTM(ConvCell, LSTM):
     """ConvLSTM over 1, 2 or 3 axes; all of LSTM's options but heads, projection, layer norm and full gate recurrence.
 
-    `peephole=True` has one weight a channel, so that images may have any size (Shi et al. have one a position).
+    peephole: True for one weight a channel, so that images may have any size, or "position" for one a channel and
+    position as in the paper, which fixes the size (`space`).
     """
+
+    def __init__(self, in_features: int, features: int, kernel_size, *, peephole: bool | str = False, **options):
+        if peephole not in (False, True, "position"):
+            raise ValueError(f"peephole must be False, True or 'position', not {peephole!r}")
+        self.by_position = peephole == "position"
+        super().__init__(in_features, features, kernel_size, peephole=bool(peephole), **options)
+
+    def peephole_shape(self):
+        return self.initial_state(1).c.shape[1:] if self.by_position else super().peephole_shape()
 
 
 class ConvGRU(ConvCell, GRU):

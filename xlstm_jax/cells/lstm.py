@@ -166,7 +166,7 @@ class LSTM(RecurrentCell):
             self.State, self.inner_shape = GateRecurrentState, (len(sigmoids) * features, len(sigmoids), features)
         super().__init__(in_features, features, hidden=projection, forget_bias=forget_bias, **options)
         D, dtype = self.features, self.param_dtype
-        self.peephole = nnx.Param(jnp.zeros((len(sigmoids), D), dtype)) if peephole else None
+        self.peephole = nnx.Param(jnp.zeros((len(sigmoids), *self.peephole_shape()), dtype)) if peephole else None
         self.layer_norm = layer_norm
         if layer_norm:
             self.gain_x, self.gain_r = (nnx.Param(jnp.ones((len(self.gates), D), dtype)) for _ in "xr")
@@ -175,6 +175,10 @@ class LSTM(RecurrentCell):
     def gate_bias(self):
         """With layer norm the bias comes after it, in the rule."""
         return None if self.layer_norm else super().gate_bias()
+
+    def peephole_shape(self) -> tuple[int, ...]:
+        """Of one gate's weights."""
+        return (self.features,)
 
     def rule_params(self):
         params = {}
