@@ -1,136 +1,18 @@
-"""Values and gradients beside those of published implementations: torch's LSTM and GRU, NX-AI's sLSTM and mLSTM.
-
-tests/golden/README.md describes the numbers. Tolerances are those of tests/golden/cases.json.
-"""
+"""Values and gradients of sLSTM and mLSTM beside those of NX-AI's implementations (tests/golden/README.md)."""
 
 import functools
-import json
-import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from golden_cases import CASES, check, gradients, jit, load, names
 
-from xlstm_jax import cells
-from xlstm_jax.cells.gru import GRUState
-from xlstm_jax.cells.lstm import LSTMState
 from xlstm_jax.cells.slstm import SLSTMState, slstm_rule
 from xlstm_jax.kernels.mlstm import MLSTMState, mlstm
 from xlstm_jax.kernels.recurrent import recurrent
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
-CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())}
 CELL_FORMS = [("scan", "float64"), ("fused", "float64"), ("fused", "float32")]
 EMPTY_M = -1e30  # m of a state that weighs nothing: m_t is then the plain maximum over the steps seen
-
-# Nearly all of the time here is compilation, and these programs run once or twice.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def names(*prefixes):
-    """Names of the cases that begin with one of the prefixes."""
-    return [name for name in CASES if name.startswith(prefixes)]
-
-
-def load(name, dtype):
-    """The case's arrays, floating ones in `dtype`."""
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: x.astype(dtype) if x.dtype.kind == "f" else x for key, x in arrays.items()}
-
-
-def check(name, got, want, dtype, pair=None):
-    """|got - want| <= atol + rtol |want| for every key of `want`, with the case's tolerances.
-
-    `pair` names another of its pairs. In float32 atol grows with the largest value wanted, and with the peer's own
-    error against its float64 run.
-    """
-    tolerance = CASES[name]["tolerance"]
-    if "rtol" not in tolerance:
-        chosen = tolerance[pair or dtype]
-    elif dtype == "float64" or name.startswith("mlstm_kernel"):
-        chosen = tolerance
-    else:
-        chosen = {"rtol": 1e-4, "atol": 1e-5}  # the sLSTM's float32 pair: torch's cases have a float64 pair only
-    for key, expected in want.items():
-        atol = chosen["atol"]
-        if dtype == "float32":
-            atol *= max(1.0, np.abs(expected).max())
-            atol = max(atol, 4 * tolerance.get("peer_float32_max_abs_error", {}).get(key, 0.0))
-        assert got[key].dtype == dtype, (key, got[key].dtype)
-        np.testing.assert_allclose(got[key], expected, rtol=chosen["rtol"], atol=atol, err_msg=f"{name} {key}")
-
-
-def gradients(function, weights, *arguments):
-    """function(*arguments) and the gradients of sum(weights * outputs) with respect to the arguments."""
-
-    def loss(*arguments):
-        outputs = function(*arguments)
-        return sum(jnp.vdot(w, outputs[key]) for key, w in weights.items()), outputs
-
-    grads, outputs = jax.grad(loss, argnums=tuple(range(len(arguments))), has_aux=True)(*arguments)
-    return outputs, grads
-
-
-# torch.nn.LSTM, torch.nn.GRU ------------------------------------------------------------------------------------------
-
-
-def to_W(weight, features):
-    """(G * D, D_in) -> (D_in, G, D)."""
-    return weight.reshape(-1, features, weight.shape[1]).transpose(2, 0, 1)
-
-
-def torch_parameters(a, kind, features, prefix=""):
-    """W, R, b and the GRU's b_hn from torch's parameters, or (prefix="grad/") their gradients from torch's."""
-    parameters = {
-        "W": to_W(a[prefix + "par/weight_ih_l0"], features),
-        "R": to_W(a[prefix + "par/weight_hh_l0"], features)[None],
-    }
-    if prefix + "par/bias_ih_l0" in a:
-        b_x, b_h = (a[prefix + f"par/bias_{part}_l0"].reshape(-1, features) for part in ("ih", "hh"))
-        parameters["b"] = b_x if prefix else b_x + b_h
-        if kind == "GRU":
-            parameters["b"] = np.concatenate([parameters["b"][:2], b_x[2:]])
-            parameters["b_hn"] = b_h[2]
-    return parameters
-
-
-@functools.partial(jit, static_argnames="graphdef")
-def run_cell(graphdef, weights, params, xs, state, mask):
-    def apply(params, xs, state):
-        ys, last = nnx.merge(graphdef, params)(xs, state, mask=mask)
-        return {"y": ys} | last._asdict()
-
-    return gradients(apply, weights, params, xs, state)
-
-
-@pytest.mark.parametrize("form, dtype", CELL_FORMS)
-@pytest.mark.parametrize("name", names("torch_"))
-def test_torch(name, form, dtype):
-    config = CASES[name]["config"]
-    kind = "GRU" if name.startswith("torch_gru") else "LSTM"
-    keys = ["h"] if kind == "GRU" else ["c", "h"]
-    State = {"GRU": GRUState, "LSTM": LSTMState}[kind]
-    features = config["hidden_size"]
-    a = load(name, dtype)
-    with jax.enable_x64(dtype == "float64"):
-        options = {"use_bias": config["bias"], "form": form, "chunk_size": 5, "param_dtype": jnp.dtype(dtype)}
-        cell = getattr(cells, kind)(config["input_size"], features, rngs=nnx.Rngs(0), **options)
-        for key, value in torch_parameters(a, kind, features).items():
-            getattr(cell, key)[...] = jnp.asarray(value)
-        state = State(**{key: a[f"init/{key}0"][0] for key in keys})
-        weights = {"y": a["cot/out/y"]} | {key: a[f"cot/final/{key}"][0] for key in keys}
-        mask = np.arange(config["T"]) < a["in/lengths"][:, None] if "in/lengths" in a else None
-        graphdef, params = nnx.split(cell)
-        outputs, (params_grad, xs_grad, state_grad) = run_cell(graphdef, weights, params, a["in/x"], state, mask)
-    check(name, outputs, {"y": a["out/y"]} | {key: a[f"final/{key}"][0] for key in keys}, dtype)
-    check(name, {"xs": xs_grad}, {"xs": a["grad/in/x"]}, dtype)
-    check(name, state_grad._asdict(), {key: a[f"grad/init/{key}0"][0] for key in keys}, dtype)
-    got = {key: params_grad[key][...] for key in params_grad}
-    want = torch_parameters(a, kind, features, prefix="grad/")
-    assert got.keys() == want.keys()
-    check(name, got, want, dtype)
 
 
 # NX-AI's sLSTM cell ---------------------------------------------------------------------------------------------------

@@ -35,8 +35,7 @@ class Fused(NamedTuple):
 def build(kind: type[Cell], order: str, fused: Fused, options: dict[str, Any]) -> Cell:
     """The cell with these weights, whose gates are in the order `order` (our letters)."""
     spatial, reset_before = fused.kernel.ndim > 2, options.get("reset_after") is False
-    gates = "rzn" if kind is GRU else "ifzo" if kind is not Elman else "h"
-    take = [order.index(gate) for gate in gates]
+    take = [order.index(gate) for gate in "ifrznoh" if gate in order]  # the order of every cell here
 
     def by_gate(a):
         return a.reshape(*a.shape[:-1], len(order), -1)[..., take, :]
@@ -50,7 +49,7 @@ def build(kind: type[Cell], order: str, fused: Fused, options: dict[str, Any]) -
     if fused.bias is not None:
         new["b"] = by_gate(fused.bias)
         second = np.zeros_like(new["b"]) if fused.recurrent_bias is None else by_gate(fused.recurrent_bias)
-        if kind is GRU and not reset_before:
+        if "n" in order and not reset_before:
             new["b_hn"] = second[2]
             second = np.concatenate([second[:2], np.zeros_like(second[2:])])
         new["b"] = new["b"] + second
