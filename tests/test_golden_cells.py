@@ -227,13 +227,13 @@ def test_cell(name, dtype):
     check(name, grads, {key.removeprefix("grad/"): x for key, x in a.items() if key.startswith("grad/")}, dtype)
 
 
-# NX-AI's cells with several heads, whose inputs are gates ---------------------------------------------------------------
+# NX-AI's cells with several heads, whose inputs are gates -------------------------------------------------------------
 
 RULES = {"lstm": (LSTMRule(), LSTMState), "gru": (gru_rule, GRUState), "elman": (ElmanRule(), ElmanState)}
 
 
 def in_heads_layout(a, name, prefix=""):
-    """Gate inputs (B, T, G, D), R (N, in, G, out), b (G, D), what the GRU's reset scales, and the fields of the state."""
+    """Gate inputs (B, T, G, D), R (N, in, G, out), b (G, D), what the reset scales, and the fields of the state."""
     if name.startswith("nxai"):
         gates, R = a[prefix + "in/gates"], a[prefix + "par/recurrent_kernel"]
         b, state = a[prefix + "par/bias"].swapaxes(0, 1), {key: a[prefix + f"init/{y}"] for key, y in zip("hc", "yc")}

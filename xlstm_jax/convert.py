@@ -56,12 +56,17 @@ def build(kind: type[Cell], order: str, fused: Fused, options: dict[str, Any]) -
     *kernel_size, in_features, _, features = new["W"].shape
     own = {"param_dtype": jnp.result_type(*new.values()), "use_bias": "b" in new} | options
     sizes = (in_features, features, tuple(kernel_size)) if spatial else (in_features, features)
-    cell = kind(*sizes, kernel_init="zeros", recurrent_init="zeros", rngs=nnx.Rngs(0), **own)
+
+    def make():
+        return kind(*sizes, kernel_init="zeros", recurrent_init="zeros", rngs=nnx.Rngs(0), **own)
+
+    cell = nnx.eval_shape(make)
+    cell = cell if set(nnx.state(cell)) <= set(new) else make()  # an option has parameters of its own
     for name, value in new.items():
         param = getattr(cell, name)
         if param is None or param.shape != value.shape:
             raise ValueError(f"the options do not fit the weights, whose {name} has the shape {value.shape}")
-        param[...] = jnp.asarray(value, param.dtype)
+        param.set_value(jnp.asarray(value, param.dtype))
     return cell
 
 

@@ -58,10 +58,14 @@ class Zoneout:
             new = new._replace(**{field: kept})
         return new, new.h
 
-    def noise(self, shape: tuple[int, ...], key: Key[Array, ""]) -> tuple[Bool[Array, "..."], ...]:
-        """The draws of all steps; shape (B, T, ..., D)."""
+    def noise(self, state: Any, T: int, key: Key[Array, ""]) -> tuple[Bool[Array, "B T ..."], ...]:
+        """The draws of all T steps, each of the shape of its field."""
         keys = jax.random.split(key, len(self.fields))
-        return tuple(jax.random.bernoulli(k, rate, shape) for k, (_, rate) in zip(keys, self.fields))
+        shapes = [jnp.shape(getattr(state, field)) for field, _ in self.fields]
+        return tuple(
+            jax.random.bernoulli(k, rate, (shape[0], T, *shape[1:]))
+            for k, shape, (_, rate) in zip(keys, shapes, self.fields)
+        )
 
 
 def activation_l2(ys: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, ""]:

@@ -196,7 +196,7 @@ class RecurrentCell(Cell):
         if self.zoneout:
             rule = Zoneout(self.rule, self.zoneout)
             if key is not None:
-                noise = rule.noise((*xs.shape[:2], *state.h.shape[1:]), keys[0])
+                noise = rule.noise(state, xs.shape[1], keys[0])
         ys, state = recurrent(
             rule,
             locked_dropout(xs.astype(dtype), self.input_dropout, keys[1]),

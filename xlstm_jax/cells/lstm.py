@@ -67,7 +67,8 @@ class LSTMRule:
     def memory(self, x, r, state, params):
         """The new c, the output o tanh(c), and the gates' activations."""
         if "gain_x" in params:
-            x, r = (unstack(normalized(stack(a), params[g])) for a, g in ((x, "gain_x"), (r, "gain_r")))
+            shares = ((x, "gain_x"), (r[: len(x)], "gain_r"))  # after r comes what is projected
+            x, r = (unstack(normalized(stack(a), params[gain])) for a, gain in shares)
             if "bias" in params:
                 x = tuple(a + b for a, b in zip(x, params["bias"]))
         share = {gate: a + b for gate, a, b in zip(self.gates, x, r)}
