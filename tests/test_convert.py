@@ -214,12 +214,17 @@ BAD = {
     "nonlinearity": (lambda: convert.from_torch_rnn(T, nonlinearity="relu"), "these weights are of cells.LSTM"),
     "heads": (lambda: convert.from_torch_rnn(T, num_heads=2), r"whose R has the shape \(1, 4, 4, 4\)"),
     "no counterpart": (lambda: convert.to_torch_rnn(cells.SLSTM(3, 4, rngs=nnx.Rngs(0))), "no counterpart of SLSTM"),
+    "convolution": (
+        lambda: convert.to_keras(cells.ConvGRU(3, 4, 3, reset_after=True, **START)),
+        "keras has no counterpart of ConvGRU",
+    ),
     "peephole": (lambda: convert.to_torch_rnn(OURS["lstm"](peephole=True)), "plain LSTM only"),
     "coupled": (lambda: convert.to_keras(OURS["lstm"](coupled=True)), "plain LSTM only"),
     "projection": (lambda: convert.to_keras(OURS["lstm"](projection=2)), "keras has no LSTM with a projection"),
     "reset before": (lambda: convert.to_torch_rnn(OURS["gru_before"]()), "torch has no GRU with the reset before"),
     "gates as inputs": (lambda: convert.to_flax(cells.GRU(None, 4, **START)), "neither cells without W nor"),
     "many heads": (lambda: convert.to_torch_rnn(OURS["lstm"](num_heads=2)), "neither cells without W nor heads"),
+    "zoneout": (lambda: convert.to_keras(OURS["gru"](zoneout=0.1)), "nor zoneout, as this GRU has"),
     "residual": (lambda: convert.to_torch_rnn(cells.Stack([OURS["gru"]()], residual=True)), "no residual connections"),
     "merge": (
         lambda: convert.to_torch_rnn(cells.Bidirectional(OURS["gru"](), OURS["gru"](), merge="sum")),

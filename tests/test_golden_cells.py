@@ -138,7 +138,7 @@ def in_one_layout(a, library, config):
     if library in ("ort", "onnxref"):
         a["in/x"] = a["in/x"].swapaxes(0, 1)
         a["out/y"] = a["out/y"].transpose(2, 0, 1, 3).reshape(*a["in/x"].shape[:2], -1)
-    backwards = {True: ("in/x", "grad/in/x")}.get(config.get("go_backwards"), ())
+    backwards = ("in/x", "grad/in/x") if config.get("go_backwards") else ()
     backwards = ("in/x", "out/y") if config.get("direction") == "reverse" else backwards
     return a | {key: a[key][:, ::-1] for key in backwards if key in a}
 

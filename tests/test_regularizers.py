@@ -10,6 +10,7 @@ from flax import nnx
 
 from xlstm_jax import cells
 from xlstm_jax.cells.gru import GRUState
+from xlstm_jax.cells.lstm import LSTMState
 from xlstm_jax.regularizers import activation_l2, dropout, locked_dropout, temporal_l2
 
 XS = jax.random.normal(jax.random.key(0), (2, 6, 3))
@@ -67,6 +68,15 @@ def test_zoneout_keeps_the_old_state(x64):
         assert np.all(np.asarray(last.h) == 1) and np.all(np.asarray(ys) == 1)
     plain, half = (cells.GRU(3, 5, zoneout=rate, rngs=nnx.Rngs(0)) for rate in (0.0, 0.5))
     np.testing.assert_allclose(half(XS[:, :1], state)[1].h, (plain(XS[:, :1], state)[1].h + 1) / 2, rtol=1e-6)
+
+
+def test_zoneout_of_a_projected_lstm(x64):
+    """c and h have widths of their own; nor does the projection disturb the layer norm of the gates."""
+    cell = cells.ProjectedLSTM(3, 5, projection=2, layer_norm=True, zoneout={"c": 1.0, "h": 0.5}, rngs=nnx.Rngs(0))
+    state = LSTMState(jnp.ones((2, 5)), jnp.ones((2, 2)))
+    ys, last = cell(XS, state, key=jax.random.key(0))
+    assert ys.shape == (2, 6, 2)
+    assert np.all(np.asarray(last.c) == 1) and not np.all(np.asarray(last.h) == 1)
 
 
 def test_state_dropout_spares_the_elementwise_path():

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from .cells import GRU, LSTM, Bidirectional, ConvLSTM, Elman, ProjectedLSTM, Stack
+from .cells import GRU, LSTM, Bidirectional, ConvGRU, ConvLSTM, Elman, ProjectedLSTM, Stack
 from .cells.base import Cell
 from .cells.conv import Convolution
 from .cells.lstm import LSTMRule
@@ -95,11 +95,13 @@ def fuse(cell: Cell, order: str) -> Fused:
 
 def check_plain(cell: Any, kinds: Iterable[type[Cell]], library: str) -> None:
     """The cell is of one of the kinds, without the options that these libraries lack."""
-    kind = next((kind for kind in (ConvLSTM, LSTM, GRU, Elman) if isinstance(cell, kind)), None)
+    kind = next((kind for kind in (ConvLSTM, ConvGRU, LSTM, GRU, Elman) if isinstance(cell, kind)), None)
     if kind not in tuple(kinds):
         raise ValueError(f"{library} has no counterpart of {type(cell).__name__}")
-    if cell.W is None or getattr(cell, "num_heads", 1) > 1:
-        raise ValueError(f"{library} has neither cells without W nor heads, as this {type(cell).__name__} has")
+    if cell.W is None or cell.num_heads > 1 or cell.zoneout:
+        raise ValueError(
+            f"{library} has neither cells without W nor heads nor zoneout, as this {type(cell).__name__} has"
+        )
     if isinstance(cell, LSTM):
         plain = cell.rule == LSTMRule(projected=cell.S is not None)
         if not plain or cell.peephole is not None or cell.layer_norm:
@@ -238,7 +240,10 @@ def layers_of(module: Cell) -> list[Cell]:
 
 
 def to_torch_rnn(module: Cell) -> dict[str, np.ndarray]:
-    """The state dict of the torch module that computes what this cell, or stack of cells, of any directions does."""
+    """The state dict of the torch module that computes the same as a cell, or as a stack of cells or Bidirectional.
+
+    An RNN's nonlinearity is no part of it.
+    """
     if isinstance(module, Stack) and module.residual:
         raise ValueError("torch has no residual connections between layers, as this Stack has")
     arrays = {}
