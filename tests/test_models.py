@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from xlstm_jax import models
-from xlstm_jax.blocks import smallest_period
-from xlstm_jax.layers import dropout
+from xlstm_jax.cells.wrappers import smallest_period
+from xlstm_jax.regularizers import dropout
 
 
 def build(kind=models.Tagger, backbone="lstm", **options):
@@ -31,12 +31,12 @@ def test_a_classifier_reads_valid_steps_only(pool):
 def test_repeating_blocks_are_stored_stacked():
     assert [smallest_period(tuple(p)) for p in ("mmmm", "msms", "mms", "m")] == [1, 2, 3, 1]
     params = nnx.state(build(backbone="xlstm[1:1]", dim=16, num_layers=6))
-    assert params["backbone"]["blocks"][0]["mixer"]["skip"].shape == (3, 64)
-    assert params["backbone"]["blocks"][1]["mixer"]["R"].shape == (3, 4, 4, 4, 4)
+    assert params["backbone"]["layers"][0]["mixer"]["skip"].shape == (3, 64)
+    assert params["backbone"]["layers"][1]["mixer"]["cell"]["R"].shape == (3, 4, 4, 4, 4)
 
 
 def test_blocks_differ_by_their_place():
-    bias = build(backbone="xlstm[0:1]", dim=32, num_layers=4).backbone.blocks[0].mixer.b[:, 1]
+    bias = build(backbone="xlstm[0:1]", dim=32, num_layers=4).backbone.layers[0].mixer.cell.b[:, 1]
     assert len(np.unique(np.asarray(bias)[:, 1])) == 4  # the exponent of the forget bias grows with depth
 
 
