@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xlstm_jax import cells
+from xlstm_jax import cells, models
 from xlstm_jax.cells.lstm import LSTMRule, LSTMState
 from xlstm_jax.kernels.mlstm import initial_state, mlstm
 from xlstm_jax.kernels.recurrent import recurrent
@@ -75,6 +75,14 @@ def test_mlstm_with_extreme_gates_is_finite_and_a_reset_is_exact(form, size):
 
 XS = jnp.ones((2, 5, 3))
 BAD_CALLS = {
+    "a list": (dict(xs=[[[1.0]]]), "xs must be an array, not a list"),
+    "a mask that is a list": (dict(mask=[[True]]), "mask must be an array, not a list"),
+    "integers": (dict(xs=jnp.ones((2, 5, 3), int)), "xs must be floating, not int"),
+    "an integer mask": (dict(mask=jnp.ones((2, 5), int)), "mask must be bool"),
+    "a state in low precision": (
+        dict(state=jax.tree.map(lambda a: a.astype(jnp.bfloat16), cells.LSTM(3, 4, rngs=nnx.Rngs(0)).initial_state(2))),
+        r"state.c must be float32 of the shape \(2, 4\) for these inputs, not bfloat16",
+    ),
     "width": (dict(xs=jnp.ones((2, 5, 4))), r"xs must have the shape \(B, T, 3\), not \(2, 5, 4\)"),
     "no time": (dict(xs=jnp.ones((2, 0, 3))), "T = 0"),
     "mask shape": (dict(mask=jnp.ones((2, 4), bool)), r"mask must be bool of the shape \(2, 5\)"),
@@ -85,7 +93,7 @@ BAD_CALLS = {
     ),
     "state of another batch": (
         dict(state=cells.LSTM(3, 4, rngs=nnx.Rngs(0)).initial_state(3)),
-        r"state.c must have the shape \(2, 4\) for these inputs, not \(3, 4\)",
+        r"state.c must be float32 of the shape \(2, 4\) for these inputs, not float32 \(3, 4\)",
     ),
 }
 
@@ -111,9 +119,14 @@ BAD_CONSTRUCTIONS = {
     "heads": (lambda: cells.SLSTM(3, 6, num_heads=4, rngs=nnx.Rngs(0)), "num_heads=4 must divide features=6"),
     "matrix heads": (lambda: cells.MLSTM(3, 6, num_heads=4, rngs=nnx.Rngs(0)), "num_heads=4 must divide features=6"),
     "initialiser": (lambda: cells.LSTM(3, 4, recurrent_init="ortho", rngs=nnx.Rngs(0)), "unknown initialiser 'ortho'"),
-    "form": (lambda: cells.LSTM(3, 4, form="fast", rngs=nnx.Rngs(0))(XS), "unknown form 'fast'"),
-    "chunk": (lambda: cells.LSTM(3, 4, chunk_size=0, rngs=nnx.Rngs(0))(XS), "chunk_size must be at least 1, not 0"),
-    "matrix form": (lambda: cells.MLSTM(3, 4, form="fused", rngs=nnx.Rngs(0))(XS), "unknown form 'fused'"),
+    "form": (lambda: cells.LSTM(3, 4, form="fast", rngs=nnx.Rngs(0)), "unknown form of LSTM 'fast'"),
+    "chunk": (lambda: cells.LSTM(3, 4, chunk_size=0, rngs=nnx.Rngs(0)), "chunk_size must be at least 1, not 0"),
+    "matrix form": (lambda: cells.MLSTM(3, 4, form="fused", rngs=nnx.Rngs(0)), "unknown form of MLSTM 'fused'"),
+    "width": (lambda: cells.MLSTM(0, 4, rngs=nnx.Rngs(0)), "in_features is 0"),
+    "sLSTM's option": (
+        lambda: models.LM(5, backbone="xlstm[1:0]", dim=16, num_layers=1, recurrent_init="zeros", rngs=nnx.Rngs(0)),
+        "recurrent_init: for sLSTM blocks",
+    ),
     "gate": (lambda: cells.MLSTM(3, 4, input_gate="relu", rngs=nnx.Rngs(0))(XS), "input_gate must be"),
     "no normaliser": (lambda: cells.MLSTM(3, 4, normalize=False, rngs=nnx.Rngs(0))(XS), "needs input_gate='sigmoid'"),
 }

@@ -74,6 +74,10 @@ BAD = {
         lambda: cells.ConvLSTM(1, 2, 3, peephole="position", **CONV),
         "the size of the inputs is not known",
     ),
+    "another size": (
+        lambda: call(cells.ConvLSTM(1, 2, 3, peephole="position", space=(5, 4), **CONV), IMAGES),
+        r"xs must have the shape \(B, T, 5, 4, 1\)",
+    ),
     "heads": (lambda: cells.ConvLSTM(1, 2, 3, num_heads=2, **CONV), "neither heads"),
     "size": (lambda: cells.ConvLSTM(1, 2, 3, **CONV).initial_state(2), "the size of the inputs is not known"),
 }

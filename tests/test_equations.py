@@ -127,6 +127,17 @@ def test_mgu_follows_the_paper(x64):
     np.testing.assert_allclose(cell(jnp.asarray(XS))[0], loop(step, cell, XS, np.zeros((2, 4))), rtol=1e-10, atol=1e-12)
 
 
+def test_janet_follows_the_paper(x64):
+    cell = drawn(cells.JANET(3, 4, beta=0.7, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    pre, rec = shares(cell, cell.gates)
+
+    def step(x, h):
+        s = pre(x, "f") + rec(h, "f")
+        return (sigmoid(s) * h + (1 - sigmoid(s - 0.7)) * np.tanh(pre(x, "z") + rec(h, "z")),)
+
+    np.testing.assert_allclose(cell(jnp.asarray(XS))[0], loop(step, cell, XS, np.zeros((2, 4))), rtol=1e-10, atol=1e-12)
+
+
 def test_conv_gru_at_a_kernel_of_one_is_a_gru_at_each_place(x64):
     conv = drawn(cells.ConvGRU(3, 4, (1,), param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
     gru = cells.GRU(3, 4, reset_after=False, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
@@ -137,13 +148,16 @@ def test_conv_gru_at_a_kernel_of_one_is_a_gru_at_each_place(x64):
         np.testing.assert_allclose(ys[:, :, place], gru(xs[:, :, place])[0], rtol=1e-10, atol=1e-12)
 
 
-RULES = ["elman", "lstm", "peephole_lstm", "coupled_lstm", "layer_norm_lstm", "gru", "mgu", "janet", "slstm"]
+RULES = ["elman", "lstm", "peephole_lstm", "coupled_lstm", "layer_norm_lstm", "projected_lstm", "gru", "mgu", "janet"]
+RULES += ["slstm", "gru, reset before"]
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_extreme_gates_are_finite_and_a_reset_is_exact(name):
     """Pre-activations of +-30, and nothing of what was before a reset in values or gradients after it."""
-    cell = cells.CELLS[name](8, 8, num_heads=2, rngs=nnx.Rngs(0))
+    kind, *before = name.split(",")
+    options = {"projection": 8} if kind == "projected_lstm" else {"reset_after": False} if before else {}
+    cell = cells.CELLS[kind](8, 8, num_heads=2, rngs=nnx.Rngs(0), **options)
     graphdef, params = nnx.split(cell)
     keys = jax.random.split(jax.random.key(0), 3)
     xs = 1e3 * jax.random.normal(keys[0], (2, 12, 8))
@@ -181,6 +195,22 @@ def test_bfloat16_stays_near_float32_for_a_thousand_steps(name):
     assert np.linalg.norm(got - want) < 2e-2 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("form", ["scan", "fused"])
+def test_gradients_of_weights_are_summed_in_float32(form):
+    """bfloat16 products over many steps and chunks: the error does not grow with their number."""
+    xs = jax.random.normal(jax.random.key(1), (2, 1_024, 8))
+
+    def gradients(dtype):
+        cell = cells.LSTM(8, 8, dtype=dtype, form=form, chunk_size=8, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(cell)
+        return jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(xs)[0].astype(jnp.float32))))(params)
+
+    want, got = gradients(jnp.float32), gradients(jnp.bfloat16)
+    for name in ("W", "R", "b"):
+        w, g = np.asarray(want[name][...]), np.asarray(got[name][...])
+        assert g.dtype == np.float32 and np.linalg.norm(g - w) < 2e-2 * np.linalg.norm(w)
+
+
 @settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_any_shape_any_mask(data):
@@ -197,6 +227,13 @@ def test_any_shape_any_mask(data):
         want, last_want = scan(xs, mask=jnp.asarray(mask), reset=jnp.asarray(reset))
         np.testing.assert_allclose(ys, want, rtol=1e-12, atol=1e-12)
         assert np.all(np.asarray(ys)[~mask] == 0)
+        cut = data.draw(st.integers(0, T))
+        pieces, state = [], None
+        for part in (slice(0, cut), slice(cut, T)):
+            if part.start < part.stop:
+                y, state = fused(xs[:, part], state, jnp.asarray(mask[:, part]), jnp.asarray(reset[:, part]))
+                pieces.append(y)
+        np.testing.assert_allclose(np.concatenate(pieces, axis=1), ys, rtol=1e-12, atol=1e-12)
         step, empty = jax.jit(lambda x, state: scan.step(x, state)), scan.initial_state(1)
         for b in range(B):
             state = empty

@@ -42,10 +42,30 @@ def test_forget_bias_is_that_of_what_keeps_the_state(cell, gate, sign):
 @pytest.mark.parametrize("name", ["elman", "lstm", "layer_norm_lstm", "gru", "mgu", "slstm", "conv_lstm"])
 def test_every_cell_takes_them(name):
     options = {"kernel_size": 3} if name == "conv_lstm" else {}
-    names = dict(kernel_init="uniform(0.1)", recurrent_init="normal(1e-3)", bias_init="constant(0.5)", forget_bias=None)
+    options |= {} if name == "elman" else {"forget_bias": 0.5 if name != "mgu" else -0.5}
+    names = dict(kernel_init="uniform(0.1)", recurrent_init="normal(1e-3)", bias_init="constant(0.5)")
     cell = cells.CELLS[name](8, 8, rngs=nnx.Rngs(0), **names, **options)
     assert float(jnp.abs(cell.W[...]).max()) <= 0.1 and float(jnp.abs(cell.R[...]).max()) < 1e-2
     assert np.all(np.asarray(cell.b[...]) == 0.5)
+
+
+def test_identity_of_a_convolution_is_one_place():
+    cell = cells.ConvGRU(3, 4, (3, 3), recurrent_init="identity", rngs=nnx.Rngs(0))
+    assert np.array_equal(cell.R[1, 1, :, 0], np.eye(4)) and float(cell.R[...].sum()) == 8
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: cells.LSTM(3, 4, use_bias=False, forget_bias=1.0, rngs=nnx.Rngs(0)), "this LSTM has no bias"),
+        (lambda: cells.LSTM(3, 4, forget_gate=False, forget_bias=1.0, rngs=nnx.Rngs(0)), "has no forget gate"),
+        (lambda: cells.Elman(3, 4, forget_bias=1.0, rngs=nnx.Rngs(0)), "this Elman has no forget gate"),
+        (lambda: cells.MinLSTM(3, 4, use_bias=False, forget_bias=1.0, rngs=nnx.Rngs(0)), "this MinLSTM has no bias"),
+    ],
+)
+def test_a_forget_bias_that_nothing_has_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 def test_low_precision_parameters_are_drawn_in_float32():
@@ -60,6 +80,8 @@ def test_low_precision_parameters_are_drawn_in_float32():
         ("uniform", r"should be uniform\(bound\)"),
         ("chrono(2)", r"should be chrono\(longest > 2\)"),
         ("linspace(3)", r"should be linspace\(start, stop\)"),
+        ("glorot(2)", r"should be glorot\(\)"),
+        ("normal(0.1, 5)", r"should be normal\(std=0.01\)"),
         ("normal(a)", r"should be normal\(std=0.01\)"),
     ],
 )

@@ -209,8 +209,8 @@ BAD = {
     "heads": (lambda: RGLRU(3, 6, num_heads=4, rngs=nnx.Rngs(0)), "num_heads=4 must divide features=6"),
     "heads of inputs": (lambda: MinGRU(3, 4, num_heads=2, rngs=nnx.Rngs(0)), "num_heads=2 must divide in_features=3"),
     "no heads": (lambda: MinGRU(3, 4, num_heads=0, rngs=nnx.Rngs(0)), "num_heads=0 must divide"),
-    "width": (lambda: MinLSTM(3, 0, rngs=nnx.Rngs(0)), "features is 0: at least 1"),
-    "width of inputs": (lambda: RGLRU(0, 4, rngs=nnx.Rngs(0)), "in_features is 0: at least 1"),
+    "width": (lambda: MinLSTM(3, 0, rngs=nnx.Rngs(0)), "features is 0: an integer of at least 1"),
+    "width of inputs": (lambda: RGLRU(0, 4, rngs=nnx.Rngs(0)), "in_features is 0: an integer of at least 1"),
     "decay": (
         lambda: RGLRU(4, 4, decay_range=(0.9, 1.0), rngs=nnx.Rngs(0)),
         r"decay_range must be .* not \(0.9, 1",
@@ -225,7 +225,7 @@ BAD = {
     ),
     "state of another width": (
         lambda: MinGRU(3, 4, rngs=nnx.Rngs(0))(XS, MinGRU(3, 5, rngs=nnx.Rngs(0)).initial_state(2)),
-        r"state.h must have the shape \(2, 4\) for these inputs, not \(2, 5\)",
+        r"state.h must be float32 of the shape \(2, 4\) for these inputs, not float32 \(2, 5\)",
     ),
     "kernel form": (lambda: recurrence("log2")(XS, XS, XS[:, 0]), "unknown form of a linear recurrence 'log2'"),
     "kernel state": (

@@ -59,7 +59,7 @@ def test_a_regulariser_is_random_with_a_key_alone_and_equal_in_all_forms(x64, na
         assert np.array_equal(run(make("scan"))[1], run(make("scan", 0.0))[1])
 
 
-def test_zoneout_keeps_the_old_state(x64):
+def test_zoneout_keeps_the_old_state():
     """Rate 1 keeps all of it; in expectation it is the mean of the old and the new."""
     cell = cells.GRU(3, 5, zoneout=1.0, rngs=nnx.Rngs(0))
     state = GRUState(jnp.ones((2, 5)))
@@ -70,7 +70,7 @@ def test_zoneout_keeps_the_old_state(x64):
     np.testing.assert_allclose(half(XS[:, :1], state)[1].h, (plain(XS[:, :1], state)[1].h + 1) / 2, rtol=1e-6)
 
 
-def test_zoneout_of_a_projected_lstm(x64):
+def test_zoneout_of_a_projected_lstm():
     """c and h have widths of their own; nor does the projection disturb the layer norm of the gates."""
     cell = cells.ProjectedLSTM(3, 5, projection=2, layer_norm=True, zoneout={"c": 1.0, "h": 0.5}, rngs=nnx.Rngs(0))
     state = LSTMState(jnp.ones((2, 5)), jnp.ones((2, 2)))
@@ -103,6 +103,13 @@ def test_activation_penalties_count_valid_neighbours_only():
 def test_dropout_keeps_the_mean():
     x = dropout(jnp.ones(20_000), 0.3, jax.random.key(0))
     assert abs(float(x.mean()) - 1) < 0.03
+
+
+def test_weight_drop_reaches_the_second_recurrent_matrix():
+    """The candidate of a GRU with the reset before the product; with R = 0 only S is left to drop."""
+    cell = cells.GRU(3, 5, reset_after=False, weight_drop=0.5, rngs=nnx.Rngs(0))
+    cell.R[...] = jnp.zeros_like(cell.R[...])
+    assert not np.allclose(cell(XS, key=jax.random.key(1))[0], cell(XS)[0])
 
 
 @pytest.mark.parametrize(

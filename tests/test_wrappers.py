@@ -84,8 +84,39 @@ BAD = {
     "residual": (lambda: cells.Stack([GRU], residual=True)(XS), "residual=True needs layers of equal widths"),
     "layers' states": (lambda: cells.Stack([GRU])(XS, GRU.initial_state(3)._replace()), "state must be a tuple of 1"),
     "dropout": (lambda: cells.Stack([GRU], dropout=1.0), r"dropout is 1.0"),
+    "unlike layers": (
+        lambda: cells.Stack(
+            [cells.Elman(4, 4, nonlinearity=n, rngs=nnx.Rngs(0)) for n in ("tanh", "relu")], pattern="ee"
+        ),
+        "layers of one kind must be built alike",
+    ),
+    "unlike widths": (
+        lambda: cells.Stack([GRU, cells.GRU(5, 5, rngs=nnx.Rngs(0))], pattern="gg"),
+        "layers of one kind must be built alike",
+    ),
     "pattern": (lambda: cells.Stack([GRU], pattern=["a", "b"]), "pattern names 2 kinds for 1 layers"),
 }
+
+
+def test_what_contains_a_bidirectional_cell_has_no_step():
+    stack = cells.Stack([pair()])
+    assert not stack.has_step and cells.Stack([GRU]).has_step
+    with pytest.raises(TypeError, match="this Stack needs the whole sequence and has no step"):
+        stack.step(XS[:, 0], stack.initial_state(3))
+
+
+def test_a_masked_reset_at_the_end_stops_the_backward_state():
+    """As an unmasked one does: what enters after the last step belongs to the sequence that begins there."""
+    mask, reset = jnp.asarray([[True, True, False]]), jnp.asarray([[False, False, True]])
+    cell = pair()
+    full = jax.tree.map(lambda a: a + 1, cell.initial_state(1))
+    outputs = [cell(XS[:1, :3], state, mask, reset)[0][..., 5:] for state in (full, cell.initial_state(1))]
+    assert np.array_equal(*outputs)
+
+
+def test_residual_layers_that_give_zero_pass_the_inputs_on_whatever_is_dropped():
+    layers = [cells.GRU(4, 4, kernel_init="zeros", recurrent_init="zeros", rngs=nnx.Rngs(0)) for _ in range(3)]
+    assert np.array_equal(cells.Stack(layers, residual=True, dropout=0.5)(XS, key=jax.random.key(0))[0], XS)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -235,10 +235,9 @@ def _start(cell: Cell, xs: Array, state: Any, mask: Array | None = None, reset: 
             raise ValueError(f"{name} must be bool of the shape {xs.shape[:2]}, not {flags.dtype} {flags.shape}")
     if state is None:
         state = cell.empty_state(xs) if isinstance(cell, RecurrentCell) else cell.initial_state(xs.shape[0])
-    try:
-        jax.eval_shape(cell.step, xs[:, 0], state)
-    except TypeError as error:
-        raise ValueError(f"{type(cell).__name__} has no step to follow its state by: {error}") from error
+    if not cell.has_step:
+        raise ValueError(f"{type(cell).__name__} has no step to follow its state by: it needs the whole sequence")
+    jax.eval_shape(cell.step, xs[:, 0], state)  # what does not fit is refused before a long scan is traced
     return state
 
 

@@ -19,7 +19,7 @@ from .cells.slstm import SLSTM, SLSTMState
 from .initializers import Initializer, initializer, small_init, wang_init
 from .kernels import mlstm as mlstm_kernel
 from .layers import CausalConv, HeadNorm, HeadwiseLinear, round_up
-from .regularizers import dropout
+from .regularizers import check_rates, dropout
 
 
 class Block(Cell):
@@ -36,7 +36,13 @@ class Block(Cell):
         dropout: float = 0.0,
     ):
         self.mixer, self.norm, self.ffn, self.ffn_norm = mixer, norm, ffn, ffn_norm
+        check_rates(dropout=dropout)
         self.residual, self.dropout = residual, dropout
+
+    @property
+    def has_step(self) -> bool:
+        """Whether the mixer has one."""
+        return self.mixer.has_step
 
     def initial_state(self, batch_size: int) -> Any:
         """The mixer's."""

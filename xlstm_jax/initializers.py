@@ -11,6 +11,7 @@ Biases     constant(value) or just a number, zeros, and along the units of a hea
 
 import math
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 
 import jax
@@ -44,23 +45,28 @@ def named(name: str, arguments: tuple[float, ...]) -> Initializer:
 
 
 def identity(scale: float = 1.0) -> Initializer:
-    """scale I (Le, Jaitly and Hinton 2015, arXiv:1504.00941); ones on the diagonal of the last two axes."""
+    """scale I (Le, Jaitly and Hinton 2015, arXiv:1504.00941), at the centre of a convolution's kernel."""
 
     def init(key, shape, dtype=jnp.float32):
-        return jnp.broadcast_to(scale * jnp.eye(*shape[-2:], dtype=dtype), shape)
+        *kernel, rows, columns = shape
+        centre = tuple((size - 1) // 2 for size in kernel)
+        return jnp.zeros(shape, dtype).at[centre].set(scale * jnp.eye(rows, columns, dtype=dtype))
 
     return init
 
 
-def chrono(longest: float) -> Initializer:
-    """log U[1, longest - 1]."""
-    if longest <= 2:
-        raise ValueError(f"longest must be above 2 steps, not {longest}")
+@dataclass(frozen=True)
+class Chrono:
+    """log U[1, longest - 1]; a class, so that a cell sees that its input gate is to get the negative."""
 
-    def init(key, shape, dtype=jnp.float32):
-        return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, longest - 1.0))
+    longest: float
 
-    return init
+    def __post_init__(self):
+        if self.longest <= 2:
+            raise ValueError(f"longest must be above 2 steps, not {self.longest}")
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, self.longest - 1.0))
 
 
 def linspace(start: float, stop: float) -> Initializer:
@@ -101,15 +107,15 @@ def uniform(bound: float) -> Initializer:
 
 
 INITIALIZERS = {  # name: (its arguments, function)
-    "orthogonal": ("scale=1", jax.nn.initializers.orthogonal),
-    "glorot": ("", jax.nn.initializers.glorot_uniform),
-    "lecun": ("", jax.nn.initializers.lecun_normal),
+    "orthogonal": ("scale=1", lambda scale=1.0: jax.nn.initializers.orthogonal(scale)),
+    "glorot": ("", lambda: jax.nn.initializers.glorot_uniform()),
+    "lecun": ("", lambda: jax.nn.initializers.lecun_normal()),
     "identity": ("scale=1", identity),
-    "normal": ("std=0.01", jax.nn.initializers.normal),
+    "normal": ("std=0.01", lambda std=0.01: jax.nn.initializers.normal(std)),
     "uniform": ("bound", uniform),
     "zeros": ("", lambda: jax.nn.initializers.zeros),
-    "constant": ("value", jax.nn.initializers.constant),
-    "chrono": ("longest > 2", chrono),
+    "constant": ("value", lambda value: jax.nn.initializers.constant(value)),
+    "chrono": ("longest > 2", Chrono),
     "powerlaw": ("block=0, num_blocks=1", powerlaw),
     "linspace": ("start, stop", linspace),
 }

@@ -17,6 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 
+def check_rates(**rates: float) -> None:
+    """Raises ValueError for a rate outside [0, 1)."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} is {rate}: it must lie in [0, 1)")
+
+
 def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
     """Zeroes a share `rate` of x and scales the rest; without a key nothing is dropped."""
     if key is None or rate == 0:
@@ -78,7 +85,10 @@ def temporal_l2(
     mask: Bool[Array, "B T"] | None = None,
     reset: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean square of h_t - h_{t-1} (TAR), to be scaled by beta, over neighbours that are valid and of one sequence."""
+    """Mean square of h_t - h_{t-1} (TAR), to be scaled by beta, over valid neighbours of one sequence.
+
+    A step and the next valid one beyond a masked gap are no neighbours.
+    """
     valid = jnp.ones(ys.shape[:2], bool) if mask is None else mask
     pairs = valid[:, 1:] & valid[:, :-1]
     if reset is not None:

@@ -9,10 +9,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
-from ..initializers import Initializer, initializer, per_gate
+from ..initializers import Chrono, Initializer, initializer, per_gate
 from ..kernels.recurrent import Dense, recurrent
 from ..names import unknown
-from ..regularizers import Zoneout, dropout, locked_dropout, locked_scale
+from ..regularizers import Zoneout, check_rates, dropout, locked_dropout, locked_scale
 
 
 class Cell(nnx.Module):
@@ -20,8 +20,15 @@ class Cell(nnx.Module):
 
     forms: tuple[str, ...] = ()  # the first is the plain loop; a cell made of cells has theirs
 
+    @property
+    def has_step(self) -> bool:
+        """Whether an output needs nothing that comes later."""
+        return True
+
     def step(self, x: Array, state: Any, reset: Bool[Array, " B"] | None = None) -> tuple[Array, Any]:
         """x (B, D_in), or tokens (B,), and the state to y (B, D) and the next state; a True `reset` empties it."""
+        if not self.has_step:
+            raise TypeError(f"this {type(self).__name__} needs the whole sequence and has no step")
         ys, state = self(x[:, None], state, reset=None if reset is None else reset[:, None])
         return ys[:, 0], state
 
@@ -34,8 +41,9 @@ class RecurrentCell(Cell):
 
         recurrent_gates   the gates that R has
         inner_shape       (E, G, F) of a second matrix S (N, E/N, G, F/N), for a rule with a method `inner`
-        hidden            the width H of h
-        forget_gate, input_gate   the gates that `forget_bias` speaks of; sign -1 if the named gate lets go of the past
+        hidden            the width H of h, if it is not D
+        forget_gate, input_gate   those that `forget_bias` speaks of; forget_sign -1 if the first lets the past go
+        default_forget_bias       where none is given (None: like all biases)
         zoneout_fields    the state's fields that may be zoned out
     """
 
@@ -46,6 +54,8 @@ class RecurrentCell(Cell):
     forget_gate: str | None = None
     forget_sign: int = 1
     input_gate: str | None = None
+    default_forget_bias: str | float | None = None
+    hidden: int | None = None
     zoneout_fields: tuple[str, ...] = ("h",)
     maps = Dense()
     forms = ("scan", "fused")
@@ -56,7 +66,6 @@ class RecurrentCell(Cell):
         features: int,
         *,
         num_heads: int = 1,
-        hidden: int | None = None,
         use_bias: bool = True,
         kernel_init: Initializer | str = "glorot",
         recurrent_init: Initializer | str = "orthogonal",
@@ -77,20 +86,31 @@ class RecurrentCell(Cell):
         """in_features None: the inputs are gates (B, T, G, D), and there is no W.
 
         dtype: of the products (default: the inputs'); the state and the rule stay in float32 or wider.
-        forget_bias: of the gate that keeps the state, a number or an initialiser; "chrono(T)" sets the input gate too.
-        input_, state_, output_dropout: locked over time; weight_drop: of R; zoneout: a rate, or {field: rate}.
+        forget_bias: of the gate that keeps the state, a number or an initialiser, or None for the cell's own; with
+        "chrono(T)" the input gate has the negative.
+        input_, state_, output_dropout: locked over time; zoneout: a rate, or {field: rate}; weight_drop: of R, and of
+        an S that is recurrent too.
         """
-        hidden = hidden or features
-        for name, width in {"in_features": in_features, "features": features}.items():
-            if width is not None and width < 1:
-                raise ValueError(f"{name} is {width}: at least 1 is needed")
+        if in_features is None and input_dropout:
+            raise ValueError("input_dropout needs inputs; with in_features=None they are gates")
+        hidden = self.hidden or features
+        check_width("features", features)
+        if in_features is not None:
+            check_width("in_features", in_features)
         if num_heads < 1 or features % num_heads or hidden % num_heads:
             widths = f"features={features}" + (f" and hidden={hidden}" if hidden != features else "")
             raise ValueError(f"num_heads={num_heads} must divide {widths}")
-        rates = {"input_dropout": input_dropout, "state_dropout": state_dropout}
-        for name, rate in (rates | {"output_dropout": output_dropout, "weight_drop": weight_drop}).items():
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name} is {rate}: it must lie in [0, 1)")
+        check_rates(input_dropout=input_dropout, state_dropout=state_dropout)
+        check_rates(output_dropout=output_dropout, weight_drop=weight_drop)
+        if form not in self.forms:
+            raise ValueError(unknown(f"form of {type(self).__name__}", form, self.forms))
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+        if forget_bias is None and use_bias and self.forget_gate is not None:
+            forget_bias = self.default_forget_bias
+        elif forget_bias is not None and (self.forget_gate is None or not use_bias):
+            lacks = "bias" if self.forget_gate else "forget gate"
+            raise ValueError(f"forget_bias={forget_bias!r}: this {type(self).__name__} has no {lacks}")
         self.in_features, self.features, self.hidden, self.num_heads = in_features, features, hidden, num_heads
         self.dtype, self.param_dtype = dtype, param_dtype
         self.form, self.chunk_size, self.remat = form, chunk_size, remat
@@ -125,9 +145,10 @@ class RecurrentCell(Cell):
 
         keys = jax.random.split(key, len(self.gates))
         b = {gate: draw(bias_init, k) for gate, k in zip(self.gates, keys)}
-        if forget_bias is not None and self.forget_gate is not None:
-            b[self.forget_gate] = self.forget_sign * draw(initializer(forget_bias), keys[0])
-            if str(forget_bias).startswith("chrono") and self.input_gate is not None:
+        if forget_bias is not None:
+            init = initializer(forget_bias)
+            b[self.forget_gate] = self.forget_sign * draw(init, keys[self.gates.index(self.forget_gate)])
+            if isinstance(init, Chrono) and self.input_gate is not None:
                 b[self.input_gate] = -b[self.forget_gate]
         return jnp.stack(list(b.values())).astype(self.param_dtype)
 
@@ -150,6 +171,12 @@ class RecurrentCell(Cell):
         """What the rule needs beside the gates, in the state's dtype, with the rank of a gate."""
         return ()
 
+    def dropped_inner(self, key: Key[Array, ""] | None) -> Array | None:
+        """S, with weight drop where it is a recurrent matrix and no projection."""
+        if self.S is None:
+            return None
+        return self.S[...] if self.hidden != self.features else dropout(self.S[...], self.weight_drop, key)
+
     def gate_bias(self) -> Float[Array, "G D"] | None:
         """What is added to the input's share of the gates."""
         return None if self.b is None else self.b[...]
@@ -167,7 +194,7 @@ class RecurrentCell(Cell):
         widths = dict.fromkeys(self.State._fields, self.features) | self.state_widths()
         return self.State(*(jnp.zeros((batch_size, width), self.state_dtype) for width in widths.values()))
 
-    def input_shape(self, xs: Array) -> tuple[int, ...]:
+    def input_shape(self, xs: Any) -> tuple[int, ...]:
         """The shape that xs must have after (B, T)."""
         return (self.in_features,) if self.W is not None else (len(self.gates), self.features)
 
@@ -190,8 +217,8 @@ class RecurrentCell(Cell):
         """
         check_inputs(xs, self.input_shape(xs), state, lambda: self.empty_state(xs), mask, reset)
         state = self.empty_state(xs) if state is None else state
-        dtype = self.dtype or xs.dtype
-        keys = [None] * 5 if key is None else jax.random.split(key, 5)
+        dtype = compute_dtype(self.dtype, xs)
+        keys = [None] * 6 if key is None else jax.random.split(key, 6)
         rule, noise = self.rule, ()
         if self.zoneout:
             rule = Zoneout(self.rule, self.zoneout)
@@ -200,11 +227,12 @@ class RecurrentCell(Cell):
         ys, state = recurrent(
             rule,
             locked_dropout(xs.astype(dtype), self.input_dropout, keys[1]),
-            dropout(self.R[...], self.weight_drop, keys[2]).astype(dtype),
+            dropout(self.R[...], self.weight_drop, keys[2]),
             state,
-            S=None if self.S is None else self.S[...].astype(dtype),
-            W=None if self.W is None else self.W[...].astype(dtype),
+            S=self.dropped_inner(keys[5]),
+            W=None if self.W is None else self.W[...],
             b=self.gate_bias(),
+            dtype=dtype,
             params=self.rule_params(),
             maps=self.maps,
             form=self.form,
@@ -216,6 +244,23 @@ class RecurrentCell(Cell):
             noise=noise,
         )
         return locked_dropout(ys.astype(dtype), self.output_dropout, keys[4]), state
+
+
+def check_width(name: str, width: Any) -> None:
+    """A width is a positive integer."""
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"{name} is {width}: an integer of at least 1 is needed")
+
+
+def compute_dtype(dtype: DTypeLike | None, xs: Array) -> DTypeLike:
+    """That of a cell's products: the one it was given, or the inputs' (float32 for numpy's float64 without x64)."""
+    return jax.dtypes.canonicalize_dtype(dtype or xs.dtype)
+
+
+def linear(layer: nnx.Linear, xs: Float[Array, "B T D_in"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+    """The layer with inputs and weights in `dtype`, even where the layer itself has none."""
+    ys = jnp.asarray(xs, dtype) @ layer.kernel[...].astype(dtype)
+    return ys if layer.bias is None else ys + layer.bias[...].astype(dtype)[None, None]
 
 
 def masked(ys: Float[Array, "B T ..."], mask: Bool[Array, "B T"] | None) -> Float[Array, "B T ..."]:
@@ -231,6 +276,9 @@ def check_inputs(
     features: the shape of xs after (B, T); empty_state: gives the state that a `state` must be like.
     """
     features = (features,) if isinstance(features, int) else features
+    for name, array in (("xs", xs), ("mask", mask), ("reset", reset)):
+        if not hasattr(array, "dtype") and (array is not None or name == "xs"):
+            raise ValueError(f"{name} must be an array, not a {type(array).__name__}")
     if xs.ndim != 2 + len(features) or xs.shape[2:] != features:
         raise ValueError(f"xs must have the shape (B, T, {', '.join(map(str, features))}), not {xs.shape}")
     if xs.shape[1] == 0:
@@ -245,11 +293,13 @@ def check_inputs(
 
 
 def check_state(state: Any, empty: Any) -> None:
-    """The state is of the type and the shapes of the empty one."""
+    """The state is of the type, the shapes and the dtypes of the empty one."""
     if type(state) is not type(empty):
         raise ValueError(f"state must be a {type(empty).__name__}, not a {type(state).__name__}")
     leaves = jax.tree_util.tree_leaves_with_path
+    if jax.tree.structure(state) != jax.tree.structure(empty):
+        raise ValueError(f"state must have the parts {[jax.tree_util.keystr(path) for path, _ in leaves(empty)]}")
     for (path, leaf), (_, want) in zip(leaves(state), leaves(empty)):
-        if jnp.shape(leaf) != want.shape:
-            name = jax.tree_util.keystr(path)
-            raise ValueError(f"state{name} must have the shape {want.shape} for these inputs, not {jnp.shape(leaf)}")
+        if jnp.shape(leaf) != want.shape or jnp.result_type(leaf) != want.dtype:
+            name, got = jax.tree_util.keystr(path), f"{jnp.result_type(leaf)} {jnp.shape(leaf)}"
+            raise ValueError(f"state{name} must be {want.dtype} of the shape {want.shape} for these inputs, not {got}")

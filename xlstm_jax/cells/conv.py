@@ -61,6 +61,8 @@ def convolve(x: Array, kernel: Array, dtype: DTypeLike, strides, dilation, paddi
 class ConvCell:
     """What makes a dense cell convolutional; to be named before the cell in the bases."""
 
+    by_position = False  # whether there are parameters for each position, which fix the size of the inputs
+
     def __init__(
         self,
         in_features: int,
@@ -116,7 +118,8 @@ class ConvCell:
     def input_shape(self, xs):
         """xs after (B, T); any space of the right number of axes."""
         n = len(self.kernel_size)
-        return (*(xs.shape[2:-1] if xs.ndim == 3 + n else ("space",) * n), self.in_features)
+        free = jnp.shape(xs)[2:-1] if jnp.ndim(xs) == 3 + n else ("space",) * n
+        return (*(self.space if self.by_position else free), self.in_features)
 
     def initial_state(self, batch_size: int, space: Sequence[int] | None = None):
         """The empty state for inputs of the size `space`: zeros (B, *space', D)."""
@@ -138,6 +141,7 @@ class ConvCell:
         return self.State(*(jnp.zeros(shape, self.state_dtype) for _ in self.State._fields))
 
     def empty_state(self, xs):
+        """The empty state that fits xs, of any size."""
         return self.initial_state(xs.shape[0], xs.shape[2:-1])
 
 

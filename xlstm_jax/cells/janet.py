@@ -7,7 +7,7 @@ beta = 1 lets more in than a coupled gate would; the authors start the forget bi
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.nn import sigmoid
@@ -31,10 +31,10 @@ class JANETRule:
 
 
 class JANET(RecurrentCell):
-    """JANET; `forget_bias` is a number or "chrono(T)"."""
+    """JANET; `forget_bias` is a number, 1 if not given, or "chrono(T)"."""
 
-    State, gates, forget_gate = JANETState, ("f", "z"), "f"
+    State, gates, forget_gate, default_forget_bias = JANETState, ("f", "z"), "f", 1.0
 
-    def __init__(self, in_features: int | None, features: int, *, beta: float = 1.0, forget_bias: Any = 1.0, **options):
+    def __init__(self, in_features: int | None, features: int, *, beta: float = 1.0, **options):
         self.rule = JANETRule(beta)
-        super().__init__(in_features, features, forget_bias=forget_bias, **options)
+        super().__init__(in_features, features, **options)

@@ -28,10 +28,10 @@ from jax.nn import log_sigmoid, sigmoid, softplus
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
-from ..initializers import Initializer, initializer, per_gate
+from ..initializers import Chrono, Initializer, initializer, per_gate
 from ..kernels.linear import linear_recurrence, log_linear_recurrence
 from ..names import unknown
-from .base import Cell, check_inputs
+from .base import Cell, check_inputs, check_width, compute_dtype, linear
 
 C = 8.0  # the RG-LRU's constant c
 
@@ -77,8 +77,7 @@ class LinearCell(Cell):
     ):
         """dtype: of the product (default: the inputs'); the gates and the recurrence stay in float32 or wider."""
         for name, width in {"features": features, "in_features": in_features}.items():
-            if width < 1:
-                raise ValueError(f"{name} is {width}: at least 1 is needed")
+            check_width(name, width)
             if num_heads < 1 or width % num_heads:
                 raise ValueError(f"num_heads={num_heads} must divide {name}={width}")
         if form not in self.forms:
@@ -130,7 +129,7 @@ class LinearCell(Cell):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """xs (B, T, D_in) to outputs (B, T, D) and the last state; nothing is random, whatever the key."""
         check_inputs(xs, self.in_features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
-        dtype = self.dtype or xs.dtype
+        dtype = compute_dtype(self.dtype, xs)
         h = (self.initial_state(xs.shape[0]) if state is None else state).h
         options = dict(chunk_size=self.chunk_size, mask=mask, reset=reset)
         log_a, b = self.coefficients(xs.astype(dtype))
@@ -147,7 +146,7 @@ def log_g(x: Array) -> Array:
     return jnp.where(x >= 0, jnp.log(jnp.where(x >= 0, x, 0) + 0.5), log_sigmoid(x))
 
 
-def write(log_gate: Array, candidate: Array, log_space: bool) -> Array:
+def gated(log_gate: Array, candidate: Array, log_space: bool) -> Array:
     """gate * candidate, or log(gate * g(candidate))."""
     return log_gate + log_g(candidate) if log_space else jnp.exp(log_gate) * candidate
 
@@ -164,11 +163,11 @@ class MinGRU(LinearCell):
     def coefficients(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """log(1 - z), and z h~ or its logarithm."""
         z, candidate = self.project(xs)
-        return log_sigmoid(-z), write(log_sigmoid(z), candidate, self.log_space)
+        return log_sigmoid(-z), gated(log_sigmoid(z), candidate, self.log_space)
 
 
 class MinLSTM(LinearCell):
-    """minLSTM; `forget_bias` is the forget gate's initial bias, and `log_space` as for the minGRU."""
+    """minLSTM; `forget_bias` is the forget gate's initial bias, 1 if not given; `log_space` as for the minGRU."""
 
     State, gates, forms = MinLSTMState, ("f", "i", "h"), (*LinearCell.forms, "log")
 
@@ -177,7 +176,7 @@ class MinLSTM(LinearCell):
         in_features: int,
         features: int,
         *,
-        forget_bias: Initializer | str | float = 1.0,
+        forget_bias: Initializer | str | float | None = None,
         log_space: bool = True,
         rngs: nnx.Rngs,
         **options,
@@ -185,23 +184,29 @@ class MinLSTM(LinearCell):
         self.log_space = log_space
         super().__init__(in_features, features, rngs=rngs, **options)
         if self.b is not None:
-            self.b[...] = self.b[...].at[0].set(self.initial_bias(forget_bias, rngs))
+            init = initializer(1.0 if forget_bias is None else forget_bias)
+            forget = self.initial_bias(init, rngs)
+            self.b[...] = self.b[...].at[0].set(forget)
+            if isinstance(init, Chrono):
+                self.b[...] = self.b[...].at[1].set(-forget)
+        elif forget_bias is not None:
+            raise ValueError(f"forget_bias={forget_bias!r}: this MinLSTM has no bias")
 
     def coefficients(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """log f / (f + i), and i / (f + i) h~ or its logarithm: f / (f + i) = sigmoid(log f - log i)."""
         f, i, candidate = self.project(xs)
         ratio = log_sigmoid(f) - log_sigmoid(i)
-        return log_sigmoid(ratio), write(log_sigmoid(-ratio), candidate, self.log_space)
+        return log_sigmoid(ratio), gated(log_sigmoid(-ratio), candidate, self.log_space)
 
 
-def decay_logits(key: Key[Array, ""], features: int, low: float, high: float) -> Float[Array, " D"]:
+def decay_logits(key: Key[Array, ""], features: int, low: float, high: float, dtype: DTypeLike) -> Float[Array, " D"]:
     """Lambda with a^c = exp(-c softplus(Lambda)) uniform in [low, high]."""
-    decay = jax.random.uniform(key, (features,), jnp.float32, low, high)
+    decay = jax.random.uniform(key, (features,), dtype, low, high)
     return jnp.log(jnp.expm1(-jnp.log(decay) / C))
 
 
 def root_one_minus_square(log_a: Array) -> Array:
-    """sqrt(1 - a^2); at a = 1 its derivative is taken as zero: that of sqrt(r) by the gate's pre-activation, r -> 0."""
+    """sqrt(1 - a^2); where it underflows (a = 1) its derivative is 0, the limit as the gate r closes."""
     square = -jnp.expm1(2 * log_a)
     above = square > jnp.finfo(square.dtype).tiny
     return jnp.where(above, jnp.sqrt(jnp.where(above, square, 1)), 0)
@@ -228,13 +233,14 @@ class RGLRU(LinearCell):
         **options,
     ):
         low, high = decay_range
-        if in_features < 1:
-            raise ValueError(f"in_features is {in_features}: at least 1 is needed")
+        check_width("in_features", in_features)
         if not 0 < low <= high < 1:
             raise ValueError(f"decay_range must be (low, high) with 0 < low <= high < 1, not {decay_range}")
         super().__init__(features, features, num_heads=num_heads, kernel_init=kernel_init, rngs=rngs, **options)
         self.in_features = in_features
-        self.Lambda = nnx.Param(decay_logits(rngs.params(), features, low, high).astype(self.param_dtype))
+        self.Lambda = nnx.Param(
+            decay_logits(rngs.params(), features, low, high, self.state_dtype).astype(self.param_dtype)
+        )
         shared = dict(kernel_init=initializer(kernel_init), dtype=self.dtype, param_dtype=self.param_dtype)
         self.projection = (
             None if in_features == features else nnx.Linear(in_features, features, use_bias=False, rngs=rngs, **shared)
@@ -242,7 +248,7 @@ class RGLRU(LinearCell):
 
     def coefficients(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """log a, and sqrt(1 - a^2) i x."""
-        xs = xs if self.projection is None else self.projection(xs)
+        xs = xs if self.projection is None else linear(self.projection, xs, xs.dtype)
         r, i = self.project(xs)
         log_a = -C * softplus(self.Lambda[...].astype(r.dtype))[None, None] * sigmoid(r)
         return log_a, root_one_minus_square(log_a) * sigmoid(i) * xs.astype(r.dtype)

@@ -18,7 +18,7 @@ has peepholes, are arguments: `input_gate`, `forget_gate`, `output_gate` (NIG, N
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,20 +117,19 @@ def normalized(a: Array, gain: Array, axes: tuple[int, ...] = (-2, -1)) -> Array
 
 
 class LSTM(RecurrentCell):
-    """LSTM; `forget_bias` is the forget gate's initial bias (1: Jozefowicz et al. 2015), or "chrono(T)".
+    """LSTM; `forget_bias` is the forget gate's initial bias, 1 (Jozefowicz et al. 2015) if not given, or "chrono(T)".
 
     projection: the width of h if it is projected. gate_clip, cell_clip: limits of the pre-activations and of c.
     With coupled gates `forget_bias` is that of 1 - i.
     """
 
-    State, zoneout_fields = LSTMState, ("c", "h")
+    State, zoneout_fields, default_forget_bias = LSTMState, ("c", "h"), 1.0
 
     def __init__(
         self,
         in_features: int | None,
         features: int,
         *,
-        forget_bias: Any = 1.0,
         peephole: bool = False,
         coupled: bool = False,
         projection: int | None = None,
@@ -149,12 +148,14 @@ class LSTM(RecurrentCell):
             raise ValueError("coupled=True means f = 1 - i: it goes with input_gate=True and forget_gate=True only")
         if gate_recurrence and (projection or layer_norm or options.get("num_heads", 1) > 1):
             raise ValueError("gate_recurrence=True goes with neither projection nor layer_norm nor several heads")
-        for name, width in {"projection": projection, "gate_clip": gate_clip, "cell_clip": cell_clip}.items():
-            if width is not None and width <= 0:
-                raise ValueError(f"{name} is {width}: it must be above 0")
+        for name, size in {"projection": projection, "gate_clip": gate_clip, "cell_clip": cell_clip}.items():
+            if size is not None and size <= 0:
+                raise ValueError(f"{name} is {size}: it must be above 0")
         present = {"i": input_gate, "f": forget_gate and not coupled, "z": True, "o": output_gate}
         self.gates = tuple(gate for gate, there in present.items() if there)
-        sigmoids = [gate for gate in self.gates if gate != "z"]
+        self.sigmoids = tuple(gate for gate in self.gates if gate != "z")
+        if (peephole or gate_recurrence) and not self.sigmoids:
+            raise ValueError("peephole and gate_recurrence need a gate; input, forget and output gate are all off")
         self.forget_gate, self.forget_sign = ("i", -1) if coupled else ("f" if forget_gate else None, 1)
         self.input_gate = "i" if input_gate and not coupled else None
         rule = GateRecurrentRule if gate_recurrence else LSTMRule
@@ -162,12 +163,13 @@ class LSTM(RecurrentCell):
         clips = dict(gate_clip=gate_clip, cell_clip=cell_clip)
         self.rule = rule(self.gates, coupled, projected=projection is not None, **activations, **clips)
         if projection:
-            self.inner_shape = (features, 1, projection)
+            self.inner_shape, self.hidden = (features, 1, projection), projection
         if gate_recurrence:
-            self.State, self.inner_shape = GateRecurrentState, (len(sigmoids) * features, len(sigmoids), features)
-        super().__init__(in_features, features, hidden=projection, forget_bias=forget_bias, **options)
+            G = len(self.sigmoids)
+            self.State, self.inner_shape = GateRecurrentState, (G * features, G, features)
+        super().__init__(in_features, features, **options)
         D, dtype = self.features, self.param_dtype
-        self.peephole = nnx.Param(jnp.zeros((len(sigmoids), *self.peephole_shape()), dtype)) if peephole else None
+        self.peephole = nnx.Param(jnp.zeros((len(self.sigmoids), *self.peephole_shape()), dtype)) if peephole else None
         self.layer_norm = layer_norm
         if layer_norm:
             self.gain_x, self.gain_r = (nnx.Param(jnp.ones((len(self.gates), D), dtype)) for _ in "xr")
@@ -184,11 +186,10 @@ class LSTM(RecurrentCell):
     def rule_params(self):
         params = {}
         if self.peephole is not None:
-            sigmoids = [gate for gate in self.gates if gate != "z"]
-            params["peephole"] = {gate: self.as_gate(self.peephole[n]) for n, gate in enumerate(sigmoids)}
+            params["peephole"] = {gate: self.as_gate(p) for gate, p in zip(self.sigmoids, self.peephole)}
         if self.layer_norm:
-            params |= {name: self.as_gate(getattr(self, name)[...]) for name in ("gain_x", "gain_r")}
-            params |= {name: self.as_gate(getattr(self, name)[...]) for name in ("gain_c", "bias_c")}
+            gains = ("gain_x", "gain_r", "gain_c", "bias_c")
+            params |= {name: self.as_gate(getattr(self, name)[...]) for name in gains}
             if self.b is not None:
                 params["bias"] = [self.as_gate(b) for b in self.b]
         return params

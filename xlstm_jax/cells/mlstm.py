@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Key
 from ..initializers import Initializer, initializer
 from ..kernels import mlstm as kernel
 from ..kernels.mlstm import MLSTMState
-from .base import Cell, check_inputs
+from ..names import unknown
+from .base import Cell, check_inputs, check_width, compute_dtype, linear
 
 
 class MLSTM(Cell):
@@ -41,6 +42,10 @@ class MLSTM(Cell):
         rngs: nnx.Rngs,
     ):
         qk_features = qk_features or features
+        if form not in self.forms:
+            raise ValueError(unknown("form of MLSTM", form, self.forms))
+        check_width("in_features", in_features)
+        check_width("features", features)
         if num_heads < 1 or features % num_heads or qk_features % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide features={features} and qk_features={qk_features}")
         self.in_features, self.features, self.num_heads, self.qk_features = (
@@ -78,7 +83,8 @@ class MLSTM(Cell):
         """xs (B, T, D_in) to outputs (B, T, D) and the last state; nothing is random, whatever the key."""
         check_inputs(xs, self.in_features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
         B, T, _ = xs.shape
-        q, k, v = jnp.split(self.qkv(xs), [self.qk_features, 2 * self.qk_features], axis=-1)
+        dtype = compute_dtype(self.dtype, xs)
+        q, k, v = jnp.split(linear(self.qkv, xs, dtype), [self.qk_features, 2 * self.qk_features], axis=-1)
         q, k, v = (a.reshape(B, T, self.num_heads, -1) for a in (q, k, v))
         state = self.initial_state(B) if state is None else state
         h, state = kernel.mlstm(
@@ -90,7 +96,7 @@ class MLSTM(Cell):
             mask=mask,
             reset=reset,
         )
-        return jax.nn.sigmoid(self.o(xs)) * h.reshape(B, T, self.features), state
+        return jax.nn.sigmoid(linear(self.o, xs, dtype)) * h.reshape(B, T, self.features), state
 
 
 def gate(

@@ -40,7 +40,7 @@ class SLSTM(RecurrentCell):
     """sLSTM with `num_heads` blocks in R. R starts at zero and the forget bias by the power law, as published."""
 
     State, gates, rule = SLSTMState, ("i", "f", "z", "o"), staticmethod(slstm_rule)
-    forget_gate, input_gate = "f", "i"
+    forget_gate, input_gate, default_forget_bias = "f", "i", "powerlaw"
 
     def __init__(
         self,
@@ -49,8 +49,6 @@ class SLSTM(RecurrentCell):
         *,
         num_heads: int = 4,
         recurrent_init: Initializer | str = "zeros",
-        forget_bias: Initializer | str | float | None = "powerlaw",
         **options,
     ):
-        own = dict(num_heads=num_heads, recurrent_init=recurrent_init, forget_bias=forget_bias)
-        super().__init__(in_features, features, **own, **options)
+        super().__init__(in_features, features, num_heads=num_heads, recurrent_init=recurrent_init, **options)

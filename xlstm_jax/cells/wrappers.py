@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from ..names import unknown
-from ..regularizers import dropout
+from ..regularizers import check_rates, dropout
 from .base import Cell, masked
 
 MERGES = {
@@ -63,23 +63,23 @@ class Bidirectional(Cell):
             raise ValueError(f"merge={self.merge!r} needs outputs of one shape, not {ys.shape} and {zs.shape}")
         return MERGES[self.merge](ys, flip(zs)), BidirectionalState(forward, backward)
 
-    def step(self, x, state, reset=None):
-        """What comes later is needed, so there is no step."""
-        raise TypeError("a Bidirectional cell needs the whole sequence and has no step")
+    @property
+    def has_step(self) -> bool:
+        """No: what comes later is needed."""
+        return False
 
 
 def last_steps(mask: Bool[Array, "B T"] | None, reset: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
-    """The valid steps at which a sequence ends and another follows: a reset lies between it and the next valid step."""
+    """The valid steps at which a sequence ends: a reset lies between it and the next valid step, or the row's end."""
     sequence = jnp.cumsum(reset, axis=1)
     if mask is None:
         following = jnp.concatenate([sequence[:, 1:], sequence[:, -1:]], axis=1)
         return following > sequence
-    # the sequence of the next valid step (that of the step itself where there is none), found from the end
-    none = jnp.iinfo(sequence.dtype).max
-    at_valid = jnp.where(mask, sequence, none)
-    following = jax.lax.cummin(at_valid, axis=1, reverse=True)[:, 1:]
-    following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=none)
-    return mask & (following > sequence) & (following < none)
+    # the sequence of the next valid step, found from the end; where there is none, the last of the row
+    at_valid = jnp.where(mask, sequence, jnp.iinfo(sequence.dtype).max)
+    following = jnp.minimum(jax.lax.cummin(at_valid, axis=1, reverse=True), sequence[:, -1:])
+    following = jnp.concatenate([following[:, 1:], sequence[:, -1:]], axis=1)
+    return mask & (following > sequence)
 
 
 class Stack(Cell):
@@ -97,14 +97,13 @@ class Stack(Cell):
         residual: bool = False,
         dropout: float = 0.0,
     ):
-        """residual: x + layer(x); dropout: of each layer's output but the last's."""
+        """residual: x + layer(x); dropout: of each layer's output but the last's, before it is added to x."""
         layers, pattern = list(layers), None if pattern is None else tuple(pattern)
         if not layers:
             raise ValueError("a stack needs at least one layer")
         if pattern is not None and len(pattern) != len(layers):
             raise ValueError(f"pattern names {len(pattern)} kinds for {len(layers)} layers")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}: it must lie in [0, 1)")
+        check_rates(dropout=dropout)
         if pattern is not None and dropout:
             raise ValueError("dropout between layers is for a stack without a pattern; here the layers have their own")
         self.residual, self.dropout = residual, dropout
@@ -114,9 +113,17 @@ class Stack(Cell):
         if self.repeats == 1:
             self.layers = groups[0]
         else:
-            graphdef, _ = nnx.split(groups[0])
+            graphdef = nnx.graphdef(groups[0])
+            shapes = [jax.tree.map(jnp.shape, nnx.state(group)) for group in groups]
+            if any(nnx.graphdef(group) != graphdef for group in groups) or any(s != shapes[0] for s in shapes):
+                raise ValueError("pattern: layers of one kind must be built alike, with equal options and shapes")
             params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(group) for group in groups))
             self.layers = nnx.merge(graphdef, params)
+
+    @property
+    def has_step(self) -> bool:
+        """Whether every layer has one."""
+        return all(layer.has_step for layer in self.layers)
 
     def initial_state(self, batch_size: int) -> tuple:
         """One state a layer of the repeating group, with a leading axis of repeats where there are several."""
@@ -149,9 +156,9 @@ class Stack(Cell):
                     raise ValueError(
                         f"residual=True needs layers of equal widths; layer {n} maps {xs.shape} to {ys.shape}"
                     )
-                xs = masked(xs + ys, mask) if self.residual else ys
                 if n + 1 < self.period:
-                    xs = dropout(xs, self.dropout, keys[self.period + n])
+                    ys = dropout(ys, self.dropout, keys[self.period + n])
+                xs = masked(xs + ys, mask) if self.residual else ys
                 new.append(new_state)
             return xs, tuple(new)
 

@@ -77,16 +77,19 @@ def mlstm(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     B, T, H, K = q.shape
-    dtype = jnp.promote_types(q.dtype, jnp.float32)  # of the state, the gates and all sums
+    dtype = jnp.promote_types(q.dtype, jnp.float32)  # of the gates and all sums, and of the state unless it is given
     if state is None:
         state = initial_state(B, H, K, v.shape[-1], dtype)
+    kept = state
     log_i = i.astype(dtype) if input_gate == "exp" else jax.nn.log_sigmoid(i.astype(dtype))
     log_f = jax.nn.log_sigmoid(f.astype(dtype))
     if mask is not None:  # a masked step writes nothing and forgets nothing
         log_i, log_f = jnp.where(mask[..., None], log_i, -jnp.inf), jnp.where(mask[..., None], log_f, 0)
     inputs = Inputs(*(jnp.moveaxis(a, 1, 2) for a in (q * K**-0.5, k, v, log_i, log_f)), reset)
     options = dict(stabilise=input_gate == "exp", normalize=normalize, eps=eps)
+    state = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, dtype)), state)
     h, state = FORMS[form](inputs, state, chunk_size, options)
+    state = jax.tree.map(lambda a, old: a.astype(old.dtype), state, kept)
     h = jnp.moveaxis(h, 1, 2).astype(v.dtype)
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
 

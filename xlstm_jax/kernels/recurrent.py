@@ -81,8 +81,13 @@ class Spec(NamedTuple):
 
     rule: Rule
     maps: Any
+    dtype: DTypeLike
     remat: bool
     reverse: bool
+
+    def product(self, h: Array, R: Array) -> Array:
+        """h R in the compute dtype; the cast is here so that gradients of R are summed in R's own dtype."""
+        return self.maps.product(h, R.astype(self.dtype))
 
 
 def recurrent(
@@ -96,6 +101,7 @@ def recurrent(
     b: Float[Array, "G D"] | None = None,
     params: Any = (),
     maps: Any = Dense(),
+    dtype: DTypeLike | None = None,
     form: str = "scan",
     chunk_size: int = 64,
     remat: bool = False,
@@ -107,6 +113,7 @@ def recurrent(
 ) -> tuple[Float[Array, "B T ..."], State]:
     """Runs `rule` over time: xs (B, T, D_in), or gate inputs (B, T, G, D) if W is None, to outputs and the last state.
 
+    dtype: of the products (default: R's); the weights may be wider, and the gates are summed in the state's dtype.
     A step with mask False copies the state through and outputs zeros; one with reset True starts from an empty
     (zero) state. `reverse` runs from the last step to the first. `state_scale` (B, D) multiplies h before each product
     with R and before `inner` sees it; `noise`, arrays (B, T, ...), is handed to the rule step by step; neither has a
@@ -114,19 +121,24 @@ def recurrent(
     """
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r} of a recurrent cell; there are {sorted(FORMS)}")
+    if xs.shape[1] == 0:
+        raise ValueError("xs has no time step (T = 0); at least one is needed")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     given = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), Given(mask, reset, noise))
     weights = Weights(R, S, W, b, params)
-    spec = Spec(rule, maps, remat, reverse)
+    spec = Spec(rule, maps, jnp.dtype(dtype or R.dtype), remat, reverse)
     ys, state = FORMS[form](spec, chunk_size, xs, weights, state, given, state_scale)
     return jnp.swapaxes(ys, 0, 1), state
 
 
-def project(maps: Any, xs: Float[Array, "B T ..."], weights: Weights, dtype: DTypeLike) -> Float[Array, "T B ..."]:
+def project(spec: Spec, xs: Float[Array, "B T ..."], weights: Weights, dtype: DTypeLike) -> Float[Array, "T B ..."]:
     """The input's share of all gates of all steps, time-major."""
     x = jnp.swapaxes(xs, 0, 1)  # before the product: the inputs are smaller than the gates
-    x = x.astype(dtype) if weights.W is None else maps.project(x, weights.W, dtype)
+    if weights.W is None:
+        x = x.astype(dtype)
+    else:
+        x = spec.maps.project(x.astype(spec.dtype), weights.W.astype(spec.dtype), dtype)
     if weights.b is None:
         return x
     return x + weights.b.reshape((1,) * (x.ndim - 2) + weights.b.shape).astype(dtype)
@@ -173,9 +185,9 @@ def masked_rule(spec: Spec, x: Gates, r: Gates, state: State, params: Any, given
 def _step(spec, weights, state, x, given, scale):
     """Both recurrent shares of the gates (the second None without S), the next state and the output."""
     x = unstack(x)
-    r, u = spec.maps.product(scaled(state.h, scale), weights.R), None
+    r, u = spec.product(scaled(state.h, scale), weights.R), None
     if weights.S is not None:
-        u = spec.maps.product(inner(spec, x, unstack(r), state, weights.params, scale), weights.S)
+        u = spec.product(inner(spec, x, unstack(r), state, weights.params, scale), weights.S)
     return (r, u), *masked_rule(spec, x, (*unstack(r), *unstack(u)), state, weights.params, given)
 
 
@@ -186,7 +198,7 @@ def _scan(spec, chunk_size, xs, weights, state, given, scale):
 
     if spec.remat:
         body = jax.checkpoint(body)
-    x = project(spec.maps, xs, weights, state.h.dtype)
+    x = project(spec, xs, weights, state.h.dtype)
     state, ys = jax.lax.scan(body, state, (x, given), reverse=spec.reverse)
     return ys, state
 
@@ -241,7 +253,7 @@ def _run_chunk(spec, x, weights, state, given, scale, keep):
 def _forward(spec, L, xs, weights, state, given, scale, keep):
     def body(state, n):
         x, part = _chunk_inputs(n, L, xs, given)
-        x = project(spec.maps, x, weights, state.h.dtype)
+        x = project(spec, x, weights, state.h.dtype)
         new, ys, kept = _run_chunk(spec, x, weights, state, part, scale, keep and not spec.remat)
         return new, (ys, state if keep and spec.remat else kept)
 
@@ -279,13 +291,13 @@ def _chunks_backward(spec, L, residuals, cotangents):
         return pull, pull_inner, v
 
     def product(h, R):
-        return spec.maps.product(scaled(h, scale), R)
+        return spec.product(scaled(h, scale), R)
 
     def body(carry, inputs):
         d_state, d_weights = carry
         n, d_y, kept = inputs
         x_in, part = _chunk_inputs(n, L, xs, given)
-        x, pull_projection = jax.vjp(lambda x, w: project(spec.maps, x, w, d_state.h.dtype), x_in, weights)
+        x, pull_projection = jax.vjp(lambda x, w: project(spec, x, w, d_state.h.dtype), x_in, weights)
         if spec.remat:
             kept = _run_chunk(spec, x, weights, kept, part, scale, keep=True)[2]
         *pulls, v = jax.lax.optimization_barrier(jax.vmap(linearise)(kept, part))  # all steps of the chunk at once
@@ -297,7 +309,7 @@ def _chunks_backward(spec, L, residuals, cotangents):
             dx, dr, du, d_state, dp = pull((d_state, d_y))
             if weights.S is not None:
                 du = stack(du)
-                d_v = jax.linear_transpose(lambda v: spec.maps.product(v, weights.S), v_step)(du)[0]
+                d_v = jax.linear_transpose(lambda v: spec.product(v, weights.S), v_step)(du)[0]
                 dx, dr, d_state, dp = jax.tree.map(jnp.add, (dx, dr, d_state, dp), pull_inner(d_v))
             same = len(dx) == len(dr) and all(a is b for a, b in zip(dx, dr))  # a rule that only adds the two
             dx = stack(dx)
@@ -310,15 +322,17 @@ def _chunks_backward(spec, L, residuals, cotangents):
             reverse_step, (d_state, d_weights.params), (*pulls, d_y, part.reset), reverse=not spec.reverse
         )
         d_R = jax.vjp(lambda R: product(kept.state.h, R), weights.R)[1](dx if dr is None else dr)[0]
-        d_S = None if v is None else jax.vjp(lambda S: spec.maps.product(v, S), weights.S)[1](du)[0]
+        d_S = None if v is None else jax.vjp(lambda S: spec.product(v, S), weights.S)[1](du)[0]
         d_x_in, d_projection = pull_projection(dx)
         d_projection = d_projection._replace(R=d_R, S=d_S, params=jax.tree.map(jnp.zeros_like, d_params))
         d_weights = jax.tree.map(jnp.add, d_weights._replace(params=d_params), d_projection)
         return (d_state, d_weights), d_x_in
 
-    zeros = jax.tree.map(jnp.zeros_like, weights)
+    wide = jax.tree.map(lambda w: jnp.promote_types(w.dtype, jnp.float32), weights)
+    zeros = jax.tree.map(lambda w, dtype: jnp.zeros_like(w, dtype), weights, wide)  # sums over chunks
     steps = jnp.arange(d_ys.shape[0])
     (d_state, d_weights), d_xs = jax.lax.scan(body, (d_state, zeros), (steps, d_ys, kept), reverse=not spec.reverse)
+    d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
     return jnp.moveaxis(d_xs, 0, 1).reshape(xs.shape), d_weights, d_state, None, None
 
 

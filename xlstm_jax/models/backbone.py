@@ -1,8 +1,8 @@
 """Stacks of blocks by name: bare cells, residual blocks around any cell, xLSTM[a:b], and a causal Transformer.
 
-"lstm"          cells one on another, as in torch's nn.LSTM (any name of `cells.CELLS`)
+"lstm"          cells one on another, as in torch's nn.LSTM (any name of `cells.CELLS` but projected and convolutional)
 "lstm_block"    pre-norm residual block whose mixer is the cell, then a gated feed-forward part:
-                the xLSTM paper's "LSTM (Block)" (any name of `cells.CELLS` + "_block")
+                the xLSTM paper's "LSTM (Block)" (the same names + "_block")
 "xlstm[a:b]"    a mLSTM blocks for b sLSTM blocks, repeated to num_layers (arXiv:2405.04517, section 2.4)
 "transformer"   pre-norm attention with rotary positions and SwiGLU, Llama's design (arXiv:2302.13971)
 """
@@ -45,7 +45,9 @@ def backbone(
     rngs: nnx.Rngs,
     **options,
 ) -> cells.Stack:
-    """The stack `name` of width `dim`; options go to its cells or mixers (`slstm_conv_width` to sLSTM ones alone).
+    """The stack `name` of width `dim`; options go to its cells or mixers.
+
+    In xLSTM[a:b] `slstm_conv_width` and `recurrent_init` go to the sLSTM blocks alone.
 
     `in_features`: width of the inputs where it is not `dim`, for bare cells only (there is no residual connection).
     """
@@ -72,8 +74,10 @@ def backbone(
         if num_layers % len(group):
             raise ValueError(f"num_layers={num_layers} must be a multiple of the {len(group)} blocks of {name}")
         pattern = group * (num_layers // len(group))
-        slstm_only = {"slstm_conv_width", "recurrent_init"} & set(options)
-        slstm_options = {n.removeprefix("slstm_"): options.pop(n) for n in slstm_only}
+        slstm_options = {name: options.pop(name) for name in ("slstm_conv_width", "recurrent_init") if name in options}
+        if slstm_options and "slstm" not in group:
+            raise ValueError(f"{' and '.join(slstm_options)}: for sLSTM blocks, of which {name} has none")
+        slstm_options = {name.removeprefix("slstm_"): value for name, value in slstm_options.items()}
 
         def make(index):
             if pattern[index] == "mlstm":

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..cells.base import Cell, masked
 from ..initializers import small_init
-from ..regularizers import dropout
+from ..regularizers import check_rates, dropout
 from .backbone import backbone as make_backbone
 
 
@@ -36,8 +36,7 @@ class Tagger(Cell):
         for what, value in {"dim": dim, "num_layers": num_layers, "embedding_dim": embedding_dim}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{what} is {value}: at least 1 is needed")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}: it must lie in [0, 1)")
+        check_rates(dropout=dropout)
         embedding_dim = embedding_dim or dim
         self.vocab_size, self.num_classes, self.dropout = vocab_size, num_classes, dropout
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -101,6 +100,7 @@ class Classifier(Tagger):
         logits = self.logits(jnp.einsum("btd,bt->bd", xs, weights.astype(xs.dtype)))
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), state
 
-    def step(self, token, state, reset=None):
-        """The answer is that of a whole sequence, so there is no step."""
-        raise TypeError("a Classifier answers once a sequence and has no step")
+    @property
+    def has_step(self) -> bool:
+        """No: the answer is that of a whole sequence."""
+        return False
