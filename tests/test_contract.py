@@ -61,19 +61,28 @@ def test_strided_convolution(x64):
     check(Subject(make, (7, 3), forms=RECURRENT))
 
 
-@pytest.mark.parametrize("merge", ["concat", "product"])
-def test_bidirectional(x64, merge):
+def test_bidirectional(x64):
     def make(**options):
-        pair = (cells.GRU(5, 4, rngs=nnx.Rngs(seed), **options) for seed in range(2))
-        return cells.Bidirectional(*pair, merge=merge)
+        forward, backward = cells.LSTM(5, 4, num_heads=2, rngs=nnx.Rngs(0), **options), cells.MinGRU
+        return cells.Bidirectional(forward, backward(5, 4, rngs=nnx.Rngs(1), **options), merge="product")
 
     check(Subject(make, (5,), causal=False))
 
 
-def test_stack(x64):
+def test_stack_of_bidirectional_cells(x64):
     def make(**options):
-        layers = [cells.GRU(5, 5, rngs=nnx.Rngs(0), **options), cells.LSTM(5, 5, rngs=nnx.Rngs(1), **options)]
-        return cells.Stack(layers, residual=True, dropout=0.5)
+        pairs = [[cells.GRU(4, 2, rngs=nnx.Rngs(2 * n + k), **options) for k in range(2)] for n in range(2)]
+        return cells.Stack([cells.Bidirectional(*pair) for pair in pairs], pattern=["pair", "pair"])
+
+    check(Subject(make, (4,), causal=False))
+
+
+@pytest.mark.parametrize("pattern", [None, ["gru", "lstm"] * 2])
+def test_stack(x64, pattern):
+    def make(**options):
+        kinds = [cells.GRU, cells.LSTM] * (2 if pattern else 1)
+        layers = [kind(5, 5, rngs=nnx.Rngs(seed), **options) for seed, kind in enumerate(kinds)]
+        return cells.Stack(layers, residual=True, pattern=pattern)
 
     check(Subject(make, (5,)))
 

@@ -28,6 +28,9 @@ class BidirectionalState(NamedTuple):
 class Bidirectional(Cell):
     """One cell from the first step to the last, another from the last to the first (Schuster and Paliwal 1997).
 
+    merge: "concat", "sum", "mean" or "product" of their outputs. Convolutional cells need their `space` for
+    `initial_state`, here and in a Stack.
+
     Masks and resets hold for both, whatever the mask: each sequence is read backwards as if it were alone. The backward
     cell's state enters after the last step and leaves before the first.
     """
@@ -171,7 +174,10 @@ class Stack(Cell):
             params, states, key = inputs
             return run(nnx.merge(graphdef, params), xs, states, key)
 
-        return jax.lax.scan(body, xs, (params, state, keys))
+        inputs = (params, state, keys)
+        first = jax.tree.map(lambda a: a[0], inputs)
+        dtype = jax.eval_shape(body, xs, first)[0].dtype  # layers may compute in another dtype than the inputs'
+        return jax.lax.scan(body, xs.astype(dtype), inputs)
 
 
 def smallest_period(pattern: tuple[str, ...]) -> int:
