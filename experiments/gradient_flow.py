@@ -122,10 +122,9 @@ def probe(graphdef, params, xs, direction) -> tuple[jax.Array, jax.Array | None,
     cell = nnx.merge(graphdef, params)
     gradients = analysis.state_gradients(cell, xs, lambda ys: jnp.sum(ys[:, -1] @ direction))
     norms = analysis.gradient_norms(gradients)["state"]
-    try:
-        return norms, analysis.log_forget(cell, xs), analysis.gate_saturation(cell, xs)
-    except ValueError:  # a cell without gates, or with gates that are known to its rule alone
+    if not analysis.has_gates(cell):
         return norms, None, {}
+    return norms, analysis.log_forget(cell, xs), analysis.gate_saturation(cell, xs)
 
 
 def measure(name: str, options: dict[str, Any], xs: jax.Array, settings: Settings) -> Measured:

@@ -190,6 +190,41 @@ def test_gates_of_the_mlstm(x64):
     np.testing.assert_allclose(half_lives[0, 0], [math.log(2) / 30, math.log(2) * math.exp(30)], rtol=1e-9)
 
 
+@pytest.mark.parametrize("options", [{"peephole": True}, {"gate_recurrence": True}, {"gate_clip": 0.3}])
+def test_gates_that_are_more_than_both_shares(x64, options):
+    """c_t = f c_{t-1} + i tanh(z) and h_t = o tanh(c_t) with the gates that are found; z from the cell's weights."""
+    cell, xs = make("lstm", **options), noise(B, T, 3)
+    if "peephole" in options:
+        cell.peephole[...] = noise(3, D)
+    gates = {name: jax.nn.sigmoid(a) for name, a in analysis.gate_preactivations(cell, xs).items()}
+    state = cell.initial_state(B)
+    for t in range(T):
+        z = xs[:, t] @ cell.W[:, 2] + state.h @ cell.R[0, :, 2] + cell.b[2][None]
+        z = jnp.clip(z, -0.3, 0.3) if "gate_clip" in options else z
+        _, new = cell.step(xs[:, t], state)
+        i, f, o = (gates[name][:, t] for name in "ifo")
+        np.testing.assert_allclose(new.c, f * state.c + i * jnp.tanh(z), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(new.h, o * jnp.tanh(new.c), rtol=1e-10, atol=1e-12)
+        state = new
+
+
+def test_gates_after_layer_norm(x64):
+    cell, xs = make("layer_norm_lstm"), noise(B, T, 3)
+    found = analysis.gate_preactivations(cell, xs)
+    ys, state = cell(xs)
+    normed = (state.c - state.c.mean(1, keepdims=True)) / np.sqrt(state.c.var(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(ys[:, -1], jax.nn.sigmoid(found["o"][:, -1]) * np.tanh(normed), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name, gates", [("min_lstm", "fi"), ("min_gru", "z"), ("rglru", "ri")])
+def test_gates_of_the_linear_cells(x64, name, gates):
+    """What the state keeps is read off its own gradient: dh_t/dh_{t-1} is a."""
+    cell, xs = make(name), noise(B, 1, 3)
+    assert "".join(analysis.gate_preactivations(cell, xs)) == gates
+    kept = jax.grad(lambda state: jnp.sum(cell(xs, state)[0]))(cell.initial_state(B)).h
+    np.testing.assert_allclose(jnp.exp(analysis.log_forget(cell, xs))[:, 0], kept, rtol=1e-9)
+
+
 def test_half_life(x64):
     f = jnp.array([0.0, 0.5, 0.5 ** (1 / 500), 1.0, 1.5, -0.5])
     np.testing.assert_allclose(analysis.half_life(f), [0, 1, 500, np.inf, np.inf, np.nan], rtol=1e-9)
@@ -225,7 +260,7 @@ def test_bad_inputs():
     )
     refuse("reset must be bool", gradients, lstm, xs, jnp.sum, reset=xs[..., 0])
     refuse(
-        r"state.c must have the shape \(2, 4\) for these inputs, not \(3, 4\)",
+        r"state.c must be float32 of the shape \(2, 4\) for these inputs, not float32 \(3, 4\)",
         gradients,
         lstm,
         xs,
@@ -237,17 +272,11 @@ def test_bad_inputs():
     wide = cells.MLSTM(3, 64, rngs=nnx.Rngs(0))
     for function in (analysis.state_jacobian, analysis.state_jacobian_spectrum, analysis.lyapunov_exponents):
         refuse("this MLSTM has 1092 numbers a row, .* at most 1024", function, wide, xs)
-    refuse("LinearCell is no RecurrentCell", analysis.gate_preactivations, LinearCell(jnp.eye(3)), xs)
+    refuse("LinearCell has no gates, or none that are known", analysis.gate_preactivations, LinearCell(jnp.eye(3)), xs)
     refuse("Elman has no gates", analysis.log_forget, cells.Elman(3, D, rngs=nnx.Rngs(0)), xs)
     refuse("has no forget gate", analysis.log_forget, cells.LSTM(3, D, forget_gate=False, rngs=nnx.Rngs(0)), xs)
-    for options, what in (
-        ({"peephole": True}, "peepholes"),
-        ({"layer_norm": True}, "layer norm"),
-        ({"gate_recurrence": True}, "gate recurrence"),
-        ({"gate_clip": 3.0, "zoneout": 0.1}, "gate_clip, zoneout"),
-    ):
-        cell = cells.LSTM(3, D, rngs=nnx.Rngs(0), **options)
-        refuse(f"LSTM has {what}: its gates are more than", analysis.gate_preactivations, cell, xs)
+    zoned = cells.LSTM(3, D, zoneout=0.1, rngs=nnx.Rngs(0))
+    refuse("LSTM has zoneout, around its rule", analysis.gate_preactivations, zoned, xs)
     refuse("0 <= low < high <= 1, not 0.9 and 0.1", analysis.gate_saturation, lstm, xs, low=0.9, high=0.1)
 
 

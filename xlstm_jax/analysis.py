@@ -1,7 +1,7 @@
 """The gradient-flow lab: what a cell of any kind does to a gradient on its way back through time.
 
 Everything here goes through the contract alone (`initial_state` and calls of one step or more), so that it holds for
-any cell, stack or model with a step, token models too; gates are those of `RecurrentCell` and `MLSTM`.
+any cell, stack or model with a step, token models too; gates are those of the cells that have some.
 
     state_gradients          dL/ds_t for every t (Hochreiter 1991; Bengio, Simard and Frasconi 1994)
     state_jacobian           ds_T/ds_0; its spectrum; Lyapunov exponents (Pascanu, Mikolov and Bengio 2013,
@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .cells.base import Cell, RecurrentCell
+from .cells.linear import LinearCell
 from .cells.mlstm import MLSTM
 from .cells.slstm import SLSTM
 
@@ -132,50 +133,59 @@ def lyapunov_exponents(cell: Cell, xs: Array, state: Any = None) -> Float[Array,
 
 
 def gate_preactivations(cell: Cell, xs: Array, state: Any = None) -> dict[str, Array]:
-    """W x_t + R h_{t-1} + b of each gate over xs (B, T, D_in): (B, T, D), one a head (B, T, H) for the mLSTM.
+    """What each gate's sigmoid is of over xs (B, T, D_in): (B, T, D), one a head (B, T, H) for the mLSTM.
 
     Candidates (the LSTM's z, the GRU's n) are no gates and are left out.
     """
     _start(cell, xs, state)
+    if not has_gates(cell):
+        raise ValueError(f"{type(cell).__name__} has no gates, or none that are known")
     if isinstance(cell, MLSTM):
         return {"i": cell.i(xs), "f": cell.f(xs), "o": cell.o(xs)}
-    name = type(cell).__name__
-    if not isinstance(cell, RecurrentCell):
-        raise ValueError(f"{name} is no RecurrentCell and no MLSTM: its gates are not known")
-    if not (gates := [gate for gate in cell.gates if gate == cell.forget_gate or gate not in CANDIDATES]):
-        raise ValueError(f"{name} has no gates")
-    inside = {
-        "peepholes": getattr(cell, "peephole", None) is not None,
-        "layer norm": getattr(cell, "layer_norm", False),
-        "gate_clip": getattr(cell.rule, "gate_clip", None) is not None,
-        "gate recurrence": "gates" in cell.State._fields,
-        "zoneout": bool(cell.zoneout),
-    }
-    if any(inside.values()):
-        what = ", ".join(option for option, on in inside.items() if on)
-        raise ValueError(f"{name} has {what}: its gates are more than W x + R h + b")
+    if isinstance(cell, LinearCell):
+        return cell.gates_before(xs)
+    if cell.zoneout:
+        raise ValueError(f"{type(cell).__name__} has zoneout, around its rule: look at its gates without it")
     recorder = nnx.clone(cell)
-    recorder.rule = Recorder(cell.rule, cell.gates, cell.recurrent_gates or cell.gates)
-    sums = jnp.split(recorder(xs, state)[0], len(cell.gates), axis=-1)
-    return {gate: a for gate, a in zip(cell.gates, sums) if gate in gates}
+    names = gate_names(cell)
+    recorder.rule = Recorder(cell.rule, cell.gates, cell.recurrent_gates or cell.gates, names)
+    sums = jnp.split(recorder(xs, state)[0], len(names), axis=-1)
+    return dict(zip(names, sums))
+
+
+def has_gates(cell: Cell) -> bool:
+    """Whether the gates of this cell are known and there are any."""
+    return isinstance(cell, (MLSTM, LinearCell)) or (isinstance(cell, RecurrentCell) and bool(gate_names(cell)))
+
+
+def gate_names(cell: RecurrentCell) -> tuple[str, ...]:
+    """All of the cell's gates but its candidate."""
+    return tuple(gate for gate in cell.gates if gate == cell.forget_gate or gate not in CANDIDATES)
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """A rule that goes on as the given one does and whose output is the sum of both shares of each gate."""
+    """A rule that goes on as the given one does and whose output is what the sigmoids of `names` are of.
+
+    As the rule says by `gates_before`, where it has more in them than both shares; their sum otherwise.
+    """
 
     rule: Callable
     gates: tuple[str, ...]
     recurrent_gates: tuple[str, ...]
+    names: tuple[str, ...]
 
     @property
     def inner(self) -> Callable:
         return self.rule.inner
 
     def __call__(self, x, r, state, params):
-        shares = dict(zip(self.recurrent_gates, r))
-        sums = [a + shares[gate] if gate in shares else a for gate, a in zip(self.gates, x)]
-        return self.rule(x, r, state, params)[0], jnp.concatenate(sums, axis=-1)
+        if hasattr(self.rule, "gates_before"):
+            before = self.rule.gates_before(x, r, state, params)
+        else:
+            shares = dict(zip(self.recurrent_gates, r))
+            before = {gate: a + shares[gate] if gate in shares else a for gate, a in zip(self.gates, x)}
+        return self.rule(x, r, state, params)[0], jnp.concatenate([before[name] for name in self.names], axis=-1)
 
 
 class Saturation(NamedTuple):
@@ -205,7 +215,13 @@ def gate_saturation(
 
 
 def log_forget(cell: Cell, xs: Array, state: Any = None) -> Float[Array, "B T ..."]:
-    """log of the share of its memory that each step of xs (B, T, D_in) keeps: of f; z of the GRU; 1 - i if coupled."""
+    """log of the share of its memory that each step of xs (B, T, D_in) keeps.
+
+    That is f; z of the GRU, 1 - i of coupled gates, 1 - f of the MGU, a of a linear cell.
+    """
+    if isinstance(cell, LinearCell):
+        _start(cell, xs, state)
+        return cell.coefficients(xs)[0]
     preactivations = gate_preactivations(cell, xs, state)
     gate, sign = ("f", 1) if isinstance(cell, MLSTM) else (cell.forget_gate, cell.forget_sign)
     if gate is None:

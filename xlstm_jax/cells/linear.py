@@ -94,6 +94,15 @@ class LinearCell(Cell):
         biases = jnp.stack([self.initial_bias(bias_init, rngs) for _ in self.gates])
         self.b = nnx.Param(biases) if use_bias else None
 
+    def gates_before(self, xs: Float[Array, "B T D_in"]) -> dict[str, Float[Array, "B T D"]]:
+        """{gate: what its sigmoid is of}, for analysis."""
+        xs = xs.astype(compute_dtype(self.dtype, xs))
+        return {gate: a for gate, a in zip(self.gates, self.project(self.narrowed(xs))) if gate != "h"}
+
+    def narrowed(self, xs: Float[Array, "B T D_in"]) -> Float[Array, "B T E"]:
+        """What W sees."""
+        return xs
+
     def initial_bias(self, init: Initializer | str | float, rngs: nnx.Rngs) -> Float[Array, " D"]:
         """One gate's, by head."""
         shape = self.num_heads, self.features // self.num_heads
@@ -246,9 +255,12 @@ class RGLRU(LinearCell):
             None if in_features == features else nnx.Linear(in_features, features, use_bias=False, rngs=rngs, **shared)
         )
 
+    def narrowed(self, xs: Float[Array, "B T D_in"]) -> Float[Array, "B T D"]:
+        return xs if self.projection is None else linear(self.projection, xs, xs.dtype)
+
     def coefficients(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """log a, and sqrt(1 - a^2) i x."""
-        xs = xs if self.projection is None else linear(self.projection, xs, xs.dtype)
+        xs = self.narrowed(xs)
         r, i = self.project(xs)
         log_a = -C * softplus(self.Lambda[...].astype(r.dtype))[None, None] * sigmoid(r)
         return log_a, root_one_minus_square(log_a) * sigmoid(i) * xs.astype(r.dtype)

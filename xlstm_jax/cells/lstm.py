@@ -64,8 +64,12 @@ class LSTMRule:
         """What P multiplies."""
         return self.memory(x, r, state, params)[1]
 
+    def gates_before(self, x, r, state, params):
+        """{gate: what its sigmoid is of}, for analysis."""
+        return self.memory(x, r, state, params)[2]
+
     def memory(self, x, r, state, params):
-        """The new c, the output o tanh(c), and the gates' activations."""
+        """The new c, the output o tanh(c), and what the gates' sigmoids are of."""
         if "gain_x" in params:
             shares = ((x, "gain_x"), (r[: len(x)], "gain_r"))  # after r comes what is projected
             x, r = (unstack(normalized(stack(a), params[gain])) for a, gain in shares)
@@ -74,20 +78,23 @@ class LSTMRule:
         share = {gate: a + b for gate, a, b in zip(self.gates, x, r)}
         peephole = params["peephole"] if "peephole" in params else {}
 
-        def gate(name, c):
+        def before(name, c):
             a = share[name] + peephole[name] * c if name in peephole else share[name]
-            return sigmoid(clipped(a, self.gate_clip))
+            return clipped(a, self.gate_clip)
+
+        def gate(name):
+            return sigmoid(gates[name]) if name in gates else 1.0
 
         z = clipped(share["z"], self.gate_clip)
-        active = {name: gate(name, state.c) for name in ("i", "f") if name in share}
-        i = active.get("i", 1.0)
-        f = 1 - i if self.coupled else active.get("f", 1.0)
+        gates = {name: before(name, state.c) for name in ("i", "f") if name in share}
+        i = gate("i")
+        f = 1 - i if self.coupled else gate("f")
         c = clipped(f * state.c + i * (jnp.tanh(z) if self.input_activation else z), self.cell_clip)
         if "o" in share:
-            active["o"] = gate("o", c)
+            gates["o"] = before("o", c)
         out = c if "gain_c" not in params else normalized(c, params["gain_c"], axes=(-1,)) + params["bias_c"]
         out = jnp.tanh(out) if self.output_activation else out
-        return c, active.get("o", 1.0) * out, active
+        return c, gate("o") * out, gates
 
 
 @dataclass(frozen=True)
@@ -97,13 +104,14 @@ class GateRecurrentRule(LSTMRule):
     def inner(self, x, r, state, params):
         return state.gates
 
-    def __call__(self, x, r, state, params):
-        G = len(self.gates)
-        seen = dict(zip((gate for gate in self.gates if gate != "z"), r[G:]))
+    def memory(self, x, r, state, params):
+        seen = dict(zip((gate for gate in self.gates if gate != "z"), r[len(self.gates) :]))
         r = tuple(a + seen[gate] if gate in seen else a for gate, a in zip(self.gates, r))
-        c, h, active = self.memory(x, r, state, params)
-        gates = jnp.concatenate([active[gate] for gate in seen], axis=-1)
-        return GateRecurrentState(c, h, gates), h
+        return super().memory(x, r, state, params)
+
+    def __call__(self, x, r, state, params):
+        c, h, gates = self.memory(x, r, state, params)
+        return GateRecurrentState(c, h, sigmoid(jnp.concatenate(list(gates.values()), axis=-1))), h
 
 
 def clipped(a: Array, limit: float | None) -> Array:
