@@ -3,7 +3,8 @@
 Draws |dL/ds_t| against the distance T - t for cells at their initialisation, and how long their forget gates keep what
 they hold. L is a random projection of the last output; the inputs are white noise, or the tokens of a task (one-hot).
 Writes DIR/gradient_flow.png and DIR/gradient_flow.jsonl, one row a cell and initialisation. It computes in float64, so
-that what vanishes is seen and not rounded to zero.
+that what vanishes is seen and not rounded to zero. The norm is over all fields of the state as the cell holds them:
+c, n and C of sLSTM and mLSTM are in units of exp(m), which change from step to step, and the curves' scale with them.
 """
 
 import functools
@@ -57,6 +58,7 @@ COLOURS = {  # safe for the colour-blind (Okabe and Ito 2008)
 OTHERS = ("#000000", "#56B4E9", "#8C8C8C", "#7A4B00")  # of other cells
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 STYLES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)))
+UNITS = "sLSTM, mLSTM: c, n, C are in units of exp(m), which change from step to step, and the curves' scale with them"
 LIMITS = ((1e-60, 1e60), (1e-20, 1e20))  # of the axes, without and with gates
 
 
@@ -122,9 +124,8 @@ def probe(graphdef, params, xs, direction) -> tuple[jax.Array, jax.Array | None,
     cell = nnx.merge(graphdef, params)
     gradients = analysis.state_gradients(cell, xs, lambda ys: jnp.sum(ys[:, -1] @ direction))
     norms = analysis.gradient_norms(gradients)["state"]
-    if not analysis.has_gates(cell):
-        return norms, None, {}
-    return norms, analysis.log_forget(cell, xs), analysis.gate_saturation(cell, xs)
+    log_forget = analysis.log_forget(cell, xs) if analysis.has_forget_gate(cell) else None
+    return norms, log_forget, analysis.gate_saturation(cell, xs) if analysis.gate_names(cell) else {}
 
 
 def measure(name: str, options: dict[str, Any], xs: jax.Array, settings: Settings) -> Measured:
@@ -161,16 +162,17 @@ def draw(rows: list[tuple], found: list[Measured], settings: Settings, file: Pat
     colours = {name: COLOURS.get(name) or next(others) for name in dict.fromkeys(names)}
     styles = [STYLES[names[:index].count(name) % len(STYLES)] for index, name in enumerate(names)]
     lines = [Line(row[1], colours[row[0]], style, each) for row, style, each in zip(rows, styles, found)]
-    gated = [line for line in lines if line.measured.log_forget is not None]
-    plain = [line for line in lines if line.measured.log_forget is None]
+    gated = [line for line in lines if line.measured.saturation]
+    plain = [line for line in lines if not line.measured.saturation]
+    forgetting = [line for line in gated if line.measured.log_forget is not None]
     panels = [each for each in (plain, gated) if each]
-    count = len(panels) + bool(gated)
+    count = len(panels) + bool(forgetting)
     figure, axes = pyplot.subplots(1, count, figsize=(4.6 * count, 5.0), squeeze=False, layout="constrained")
     for axis, members in zip(axes[0], panels):
         draw_gradients(axis, members, plain if members is gated else [], settings.steps)
         axis.set_title("With gates" if members is gated else "Without gates", fontsize=11)
-    if gated:
-        draw_half_lives(axes[0][-1], gated, settings.steps)
+    if forgetting:
+        draw_half_lives(axes[0][-1], forgetting, settings.steps)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     what = "white noise" if settings.task == "noise" else settings.task
@@ -178,6 +180,8 @@ def draw(rows: list[tuple], found: list[Measured], settings: Settings, file: Pat
         f"Why LSTMs remember: the gradient of the last output over {settings.steps} steps of {what}, before training"
     )
     figure.suptitle(textwrap.fill(title, 50 * count), fontsize=12)
+    if {"slstm", "mlstm"} & set(names):
+        figure.supxlabel(UNITS, fontsize=8, color="#666666")
     figure.savefig(file, dpi=96)
     pyplot.close(figure)
 

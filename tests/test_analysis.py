@@ -180,6 +180,78 @@ def test_gate_preactivations(x64, name, gate, sign):
     np.testing.assert_allclose(analysis.gate_preactivations(cell, xs[:, 1:], cell(xs[:, :1])[1])[gate], want[:, 1:])
 
 
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+def lstm_gates(cell, xs, clip=np.inf, zoneout=0.0):
+    """Pre-activations of i, f, o (3, B, T, D) step by step, in numpy."""
+    W, R, b = (np.asarray(a[...]) for a in (cell.W, cell.R[0], cell.b))
+    c, h, seen, steps = np.zeros((B, D)), np.zeros((B, D)), np.zeros((B, 3 * D)), []
+
+    def normalized(a, gain, axes):
+        return (a - a.mean(axes, keepdims=True)) / np.sqrt(a.var(axes, keepdims=True) + 1e-5) * np.asarray(gain)
+
+    for x in np.moveaxis(np.asarray(xs), 1, 0):
+        x, r = np.einsum("be,egd->bgd", x, W), np.einsum("be,egd->bgd", h, R)
+        if cell.layer_norm:
+            x, r = normalized(x, cell.gain_x[...], (1, 2)), normalized(r, cell.gain_r[...], (1, 2))
+        i, f, z, o = np.moveaxis(x + r + b, 1, 0)
+        if cell.S is not None:
+            i, f, o = (a + seen @ np.asarray(cell.S[0, :, n]) for n, a in enumerate((i, f, o)))
+        p_i, p_f, p_o = np.zeros((3, D)) if cell.peephole is None else np.asarray(cell.peephole[...])
+        i, f, z = (np.clip(a, -clip, clip) for a in (i + p_i * c, f + p_f * c, z))
+        new = sigmoid(f) * c + sigmoid(i) * np.tanh(z)
+        o = np.clip(o + p_o * new, -clip, clip)
+        out = normalized(new, cell.gain_c[...], -1) + np.asarray(cell.bias_c[...]) if cell.layer_norm else new
+        h = zoneout * h + (1 - zoneout) * sigmoid(o) * np.tanh(out)
+        c, seen = zoneout * c + (1 - zoneout) * new, sigmoid(np.concatenate([i, f, o], axis=-1))
+        steps.append((i, f, o))
+    return np.moveaxis(np.array(steps), 0, 2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"peephole": True, "gate_clip": 0.9, "zoneout": 0.3}, {"layer_norm": True}, {"gate_recurrence": True}]
+)
+def test_gates_of_an_lstm_with_options(x64, options):
+    cell, xs = make("lstm", form="scan", **options), noise(B, T, 3)
+    for n, name in enumerate(("peephole", "gain_x", "gain_r", "gain_c", "bias_c")):
+        if getattr(cell, name, None) is not None:
+            weight = getattr(cell, name)
+            weight[...] = jax.random.normal(jax.random.key(n), weight.shape)
+    want = lstm_gates(cell, xs, options.get("gate_clip", np.inf), options.get("zoneout", 0.0))
+    found = analysis.gate_preactivations(cell, xs)
+    assert found.keys() == {"i", "f", "o"}
+    for name, a in zip("ifo", want):
+        np.testing.assert_allclose(found[name], a, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(jnp.exp(analysis.log_forget(cell, xs)), sigmoid(want[1]), rtol=1e-9)
+
+
+def test_gates_of_linear_cells(x64):
+    xs = noise(B, T, 3)
+
+    def check(cell, want, keeps):
+        found = analysis.gate_preactivations(cell, xs)
+        assert found.keys() == want.keys() == analysis.gate_saturation(cell, xs).keys()
+        for gate, a in want.items():
+            np.testing.assert_allclose(found[gate], a, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(np.exp(analysis.log_forget(cell, xs)), keeps, rtol=1e-9)
+
+    def gate(cell, xs, n):
+        return np.asarray(xs) @ np.asarray(cell.W[:, n]) + np.asarray(cell.b[n])
+
+    cell = make("min_gru")
+    z = gate(cell, xs, 0)
+    check(cell, {"z": z}, 1 - sigmoid(z))
+    cell = make("min_lstm")
+    f, i = gate(cell, xs, 0), gate(cell, xs, 1)
+    check(cell, {"f": f, "i": i}, sigmoid(f) / (sigmoid(f) + sigmoid(i)))
+    cell = make("rglru", num_heads=1)
+    inside = np.asarray(xs) @ np.asarray(cell.projection.kernel[...])
+    r, i = gate(cell, inside, 0), gate(cell, inside, 1)
+    check(cell, {"r": r, "i": i}, np.exp(-8 * np.log1p(np.exp(np.asarray(cell.Lambda[...]))) * sigmoid(r)))
+
+
 def test_gates_of_the_mlstm(x64):
     cell, xs = make("mlstm", num_heads=2, forget_bias="linspace(-30, 30)"), noise(B, T, 3)
     found = analysis.gate_saturation(cell, xs)
@@ -188,41 +260,6 @@ def test_gates_of_the_mlstm(x64):
     assert analysis.gate_saturation(make("mlstm", input_gate="sigmoid"), xs).keys() == {"i", "f", "o"}
     half_lives = analysis.half_life_of_log(analysis.log_forget(cell, xs))
     np.testing.assert_allclose(half_lives[0, 0], [math.log(2) / 30, math.log(2) * math.exp(30)], rtol=1e-9)
-
-
-@pytest.mark.parametrize("options", [{"peephole": True}, {"gate_recurrence": True}, {"gate_clip": 0.3}])
-def test_gates_that_are_more_than_both_shares(x64, options):
-    """c_t = f c_{t-1} + i tanh(z) and h_t = o tanh(c_t) with the gates that are found; z from the cell's weights."""
-    cell, xs = make("lstm", **options), noise(B, T, 3)
-    if "peephole" in options:
-        cell.peephole[...] = noise(3, D)
-    gates = {name: jax.nn.sigmoid(a) for name, a in analysis.gate_preactivations(cell, xs).items()}
-    state = cell.initial_state(B)
-    for t in range(T):
-        z = xs[:, t] @ cell.W[:, 2] + state.h @ cell.R[0, :, 2] + cell.b[2][None]
-        z = jnp.clip(z, -0.3, 0.3) if "gate_clip" in options else z
-        _, new = cell.step(xs[:, t], state)
-        i, f, o = (gates[name][:, t] for name in "ifo")
-        np.testing.assert_allclose(new.c, f * state.c + i * jnp.tanh(z), rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(new.h, o * jnp.tanh(new.c), rtol=1e-10, atol=1e-12)
-        state = new
-
-
-def test_gates_after_layer_norm(x64):
-    cell, xs = make("layer_norm_lstm"), noise(B, T, 3)
-    found = analysis.gate_preactivations(cell, xs)
-    ys, state = cell(xs)
-    normed = (state.c - state.c.mean(1, keepdims=True)) / np.sqrt(state.c.var(1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(ys[:, -1], jax.nn.sigmoid(found["o"][:, -1]) * np.tanh(normed), rtol=1e-9)
-
-
-@pytest.mark.parametrize("name, gates", [("min_lstm", "fi"), ("min_gru", "z"), ("rglru", "ri")])
-def test_gates_of_the_linear_cells(x64, name, gates):
-    """What the state keeps is read off its own gradient: dh_t/dh_{t-1} is a."""
-    cell, xs = make(name), noise(B, 1, 3)
-    assert "".join(analysis.gate_preactivations(cell, xs)) == gates
-    kept = jax.grad(lambda state: jnp.sum(cell(xs, state)[0]))(cell.initial_state(B)).h
-    np.testing.assert_allclose(jnp.exp(analysis.log_forget(cell, xs))[:, 0], kept, rtol=1e-9)
 
 
 def test_half_life(x64):
@@ -272,11 +309,11 @@ def test_bad_inputs():
     wide = cells.MLSTM(3, 64, rngs=nnx.Rngs(0))
     for function in (analysis.state_jacobian, analysis.state_jacobian_spectrum, analysis.lyapunov_exponents):
         refuse("this MLSTM has 1092 numbers a row, .* at most 1024", function, wide, xs)
-    refuse("LinearCell has no gates, or none that are known", analysis.gate_preactivations, LinearCell(jnp.eye(3)), xs)
-    refuse("Elman has no gates", analysis.log_forget, cells.Elman(3, D, rngs=nnx.Rngs(0)), xs)
+    refuse("LinearCell is no RecurrentCell", analysis.gate_preactivations, LinearCell(jnp.eye(3)), xs)
+    elman = cells.Elman(3, D, rngs=nnx.Rngs(0))
+    refuse("Elman has no gates", analysis.gate_preactivations, elman, xs)
+    refuse("Elman has no forget gate", analysis.log_forget, elman, xs)
     refuse("has no forget gate", analysis.log_forget, cells.LSTM(3, D, forget_gate=False, rngs=nnx.Rngs(0)), xs)
-    zoned = cells.LSTM(3, D, zoneout=0.1, rngs=nnx.Rngs(0))
-    refuse("LSTM has zoneout, around its rule", analysis.gate_preactivations, zoned, xs)
     refuse("0 <= low < high <= 1, not 0.9 and 0.1", analysis.gate_saturation, lstm, xs, low=0.9, high=0.1)
 
 

@@ -52,7 +52,7 @@ def test_dropout_needs_a_key():
 
 def test_first_layer_may_be_narrower():
     model = build(embedding_dim=3)
-    assert model.backbone.blocks[0].mixer.W.shape == (3, 4, 8) and model.backbone.blocks[1].mixer.W.shape == (8, 4, 8)
+    assert model.backbone.layers[0].mixer.W.shape == (3, 4, 8) and model.backbone.layers[1].mixer.W.shape == (8, 4, 8)
     assert model(jnp.zeros((2, 4), int))[0].shape == (2, 4, 3)
 
 

@@ -1,7 +1,7 @@
 """The gradient-flow lab: what a cell of any kind does to a gradient on its way back through time.
 
 Everything here goes through the contract alone (`initial_state` and calls of one step or more), so that it holds for
-any cell, stack or model with a step, token models too; gates are those of the cells that have some.
+any cell, stack or model with a step, token models too; gates are those of `RecurrentCell`, `LinearCell` and `MLSTM`.
 
     state_gradients          dL/ds_t for every t (Hochreiter 1991; Bengio, Simard and Frasconi 1994)
     state_jacobian           ds_T/ds_0; its spectrum; Lyapunov exponents (Pascanu, Mikolov and Bengio 2013,
@@ -25,6 +25,7 @@ from .cells.base import Cell, RecurrentCell
 from .cells.linear import LinearCell
 from .cells.mlstm import MLSTM
 from .cells.slstm import SLSTM
+from .regularizers import Zoneout
 
 LARGEST_STATE = 1024  # numbers a row: a Jacobian has the square of that
 CANDIDATES = ("n", "h", "z")  # what gates let through and is none itself, unless it is the forget gate (the GRU's z)
@@ -132,60 +133,63 @@ def lyapunov_exponents(cell: Cell, xs: Array, state: Any = None) -> Float[Array,
     return -jnp.sort(-jax.vmap(row, (0, axes))(xs, state), axis=-1)
 
 
-def gate_preactivations(cell: Cell, xs: Array, state: Any = None) -> dict[str, Array]:
-    """What each gate's sigmoid is of over xs (B, T, D_in): (B, T, D), one a head (B, T, H) for the mLSTM.
+def gate_names(cell: Cell) -> tuple[str, ...]:
+    """The gates of a cell, without candidates (the LSTM's z, the GRU's n): none of an Elman network."""
+    if isinstance(cell, MLSTM):
+        return "i", "f", "o"
+    if isinstance(cell, LinearCell):
+        return tuple(gate for gate in cell.gates if gate != "h")
+    if isinstance(cell, RecurrentCell):
+        return tuple(gate for gate in cell.gates if gate == cell.forget_gate or gate not in CANDIDATES)
+    raise ValueError(f"{type(cell).__name__} is no RecurrentCell, LinearCell or MLSTM: its gates are not known")
 
-    Candidates (the LSTM's z, the GRU's n) are no gates and are left out.
+
+def has_forget_gate(cell: Cell) -> bool:
+    """Whether one of its gates says how much of the memory a step keeps."""
+    return bool(gate_names(cell)) and (not isinstance(cell, RecurrentCell) or cell.forget_gate is not None)
+
+
+def gate_preactivations(cell: Cell, xs: Array, state: Any = None) -> dict[str, Array]:
+    """Of each gate over xs (B, T, D_in), before its sigmoid or exp: (B, T, D), one a head (B, T, H) for the mLSTM.
+
+    W x_t + R h_{t-1} + b and all that the cell's options add to it; of zoneout, its expectation.
     """
     _start(cell, xs, state)
-    if not has_gates(cell):
-        raise ValueError(f"{type(cell).__name__} has no gates, or none that are known")
+    if not (names := gate_names(cell)):
+        raise ValueError(f"{type(cell).__name__} has no gates")
     if isinstance(cell, MLSTM):
-        return {"i": cell.i(xs), "f": cell.f(xs), "o": cell.o(xs)}
+        return {gate: getattr(cell, gate)(xs) for gate in names}
     if isinstance(cell, LinearCell):
-        return cell.gates_before(xs)
-    if cell.zoneout:
-        raise ValueError(f"{type(cell).__name__} has zoneout, around its rule: look at its gates without it")
+        return cell.preactivations(xs)
     recorder = nnx.clone(cell)
-    names = gate_names(cell)
-    recorder.rule = Recorder(cell.rule, cell.gates, cell.recurrent_gates or cell.gates, names)
-    sums = jnp.split(recorder(xs, state)[0], len(names), axis=-1)
-    return dict(zip(names, sums))
-
-
-def has_gates(cell: Cell) -> bool:
-    """Whether the gates of this cell are known and there are any."""
-    return isinstance(cell, (MLSTM, LinearCell)) or (isinstance(cell, RecurrentCell) and bool(gate_names(cell)))
-
-
-def gate_names(cell: RecurrentCell) -> tuple[str, ...]:
-    """All of the cell's gates but its candidate."""
-    return tuple(gate for gate in cell.gates if gate == cell.forget_gate or gate not in CANDIDATES)
+    recorder.rule = Recorder(Zoneout(cell.rule, cell.zoneout), cell.gates, cell.recurrent_gates or cell.gates, names)
+    recorder.zoneout = ()
+    return dict(zip(names, jnp.split(recorder(xs, state)[0], len(names), axis=-1)))
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """A rule that goes on as the given one does and whose output is what the sigmoids of `names` are of.
+    """A rule that goes on as the given one does and whose output is the pre-activations of the gates `names`.
 
-    As the rule says by `gates_before`, where it has more in them than both shares; their sum otherwise.
+    They are the rule's own `preactivations`, or else the sums of both shares.
     """
 
-    rule: Callable
+    zoneout: Zoneout
     gates: tuple[str, ...]
     recurrent_gates: tuple[str, ...]
     names: tuple[str, ...]
 
     @property
     def inner(self) -> Callable:
-        return self.rule.inner
+        return self.zoneout.inner
 
     def __call__(self, x, r, state, params):
-        if hasattr(self.rule, "gates_before"):
-            before = self.rule.gates_before(x, r, state, params)
+        if hasattr(rule := self.zoneout.rule, "preactivations"):
+            found = rule.preactivations(x, r, state, params)
         else:
             shares = dict(zip(self.recurrent_gates, r))
-            before = {gate: a + shares[gate] if gate in shares else a for gate, a in zip(self.gates, x)}
-        return self.rule(x, r, state, params)[0], jnp.concatenate([before[name] for name in self.names], axis=-1)
+            found = {gate: a + shares.get(gate, 0.0) for gate, a in zip(self.gates, x)}
+        return self.zoneout(x, r, state, params)[0], jnp.concatenate([found[gate] for gate in self.names], axis=-1)
 
 
 class Saturation(NamedTuple):
@@ -215,17 +219,16 @@ def gate_saturation(
 
 
 def log_forget(cell: Cell, xs: Array, state: Any = None) -> Float[Array, "B T ..."]:
-    """log of the share of its memory that each step of xs (B, T, D_in) keeps.
+    """log of the share of its memory that each step of xs (B, T, D_in) keeps: of f; z of the GRU; 1 - i if coupled.
 
-    That is f; z of the GRU, 1 - i of coupled gates, 1 - f of the MGU, a of a linear cell.
+    Of linear cells a: 1 - z of the minGRU, f / (f + i) of the minLSTM, exp(-8 softplus(Lambda) r) of the RG-LRU.
     """
-    if isinstance(cell, LinearCell):
-        _start(cell, xs, state)
-        return cell.coefficients(xs)[0]
-    preactivations = gate_preactivations(cell, xs, state)
-    gate, sign = ("f", 1) if isinstance(cell, MLSTM) else (cell.forget_gate, cell.forget_sign)
-    if gate is None:
+    if not has_forget_gate(cell):
         raise ValueError(f"{type(cell).__name__} has no forget gate")
+    preactivations = gate_preactivations(cell, xs, state)
+    if isinstance(cell, LinearCell):
+        return cell.coefficients(xs)[0]
+    gate, sign = ("f", 1) if isinstance(cell, MLSTM) else (cell.forget_gate, cell.forget_sign)
     return jax.nn.log_sigmoid(sign * preactivations[gate])
 
 

@@ -101,7 +101,9 @@ class Attention(Cell):
         keep = jnp.argsort(segment_all >= 0, axis=1, stable=True)[:, -self.context :]  # the newest valid, in order
         take = lambda a: jnp.take_along_axis(a, keep.reshape(keep.shape + (1,) * (a.ndim - 2)), axis=1)  # noqa: E731
         segment_kept = take(segment_all)
-        segment_kept = jnp.where(segment_kept == last_segment, 0, -1)  # what came before the last reset is gone
+        segment_kept = jnp.where(
+            segment_kept == last_segment, jnp.int32(0), -1
+        )  # what came before the last reset is gone
         gone = (segment_kept < 0)[..., None, None]
         k_kept, v_kept = (jnp.where(gone, 0, take(a)) for a in (k_all, v_all))
         return y, AttentionState(k_kept, v_kept, segment_kept, state.count + valid.sum(axis=1, dtype=jnp.int32))

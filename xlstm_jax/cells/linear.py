@@ -94,15 +94,6 @@ class LinearCell(Cell):
         biases = jnp.stack([self.initial_bias(bias_init, rngs) for _ in self.gates])
         self.b = nnx.Param(biases) if use_bias else None
 
-    def gates_before(self, xs: Float[Array, "B T D_in"]) -> dict[str, Float[Array, "B T D"]]:
-        """{gate: what its sigmoid is of}, for analysis."""
-        xs = xs.astype(compute_dtype(self.dtype, xs))
-        return {gate: a for gate, a in zip(self.gates, self.project(self.narrowed(xs))) if gate != "h"}
-
-    def narrowed(self, xs: Float[Array, "B T D_in"]) -> Float[Array, "B T E"]:
-        """What W sees."""
-        return xs
-
     def initial_bias(self, init: Initializer | str | float, rngs: nnx.Rngs) -> Float[Array, " D"]:
         """One gate's, by head."""
         shape = self.num_heads, self.features // self.num_heads
@@ -117,7 +108,15 @@ class LinearCell(Cell):
         """The empty state h = 0."""
         return self.State(jnp.zeros((batch_size, self.features), self.state_dtype))
 
-    def project(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], ...]:
+    def inputs(self, xs: Float[Array, "B T D_in"]) -> Float[Array, "B T E"]:
+        """What W multiplies, in the dtype of the products."""
+        return xs.astype(compute_dtype(self.dtype, xs))
+
+    def preactivations(self, xs: Float[Array, "B T D_in"]) -> dict[str, Float[Array, "B T D"]]:
+        """W x + b of each gate; the candidate h is none."""
+        return {gate: a for gate, a in zip(self.gates, self.project(self.inputs(xs))) if gate != "h"}
+
+    def project(self, xs: Float[Array, "B T E"]) -> tuple[Float[Array, "B T D"], ...]:
         """W x + b, an array a gate."""
         W, N = self.W[...].astype(xs.dtype), self.num_heads
         E, G, D = W.shape
@@ -138,16 +137,15 @@ class LinearCell(Cell):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """xs (B, T, D_in) to outputs (B, T, D) and the last state; nothing is random, whatever the key."""
         check_inputs(xs, self.in_features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
-        dtype = compute_dtype(self.dtype, xs)
         h = (self.initial_state(xs.shape[0]) if state is None else state).h
         options = dict(chunk_size=self.chunk_size, mask=mask, reset=reset)
-        log_a, b = self.coefficients(xs.astype(dtype))
+        log_a, b = self.coefficients(xs)
         if self.form == "log":
             hs, h = log_linear_recurrence(log_a, b, h, **options)
         else:
             b = jnp.exp(b) if self.log_space else b
             hs, h = linear_recurrence(jnp.exp(log_a), b, h, form=self.form, **options)
-        return hs.astype(dtype), self.State(h)
+        return hs.astype(compute_dtype(self.dtype, xs)), self.State(h)
 
 
 def log_g(x: Array) -> Array:
@@ -171,7 +169,7 @@ class MinGRU(LinearCell):
 
     def coefficients(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """log(1 - z), and z h~ or its logarithm."""
-        z, candidate = self.project(xs)
+        z, candidate = self.project(self.inputs(xs))
         return log_sigmoid(-z), gated(log_sigmoid(z), candidate, self.log_space)
 
 
@@ -203,7 +201,7 @@ class MinLSTM(LinearCell):
 
     def coefficients(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """log f / (f + i), and i / (f + i) h~ or its logarithm: f / (f + i) = sigmoid(log f - log i)."""
-        f, i, candidate = self.project(xs)
+        f, i, candidate = self.project(self.inputs(xs))
         ratio = log_sigmoid(f) - log_sigmoid(i)
         return log_sigmoid(ratio), gated(log_sigmoid(-ratio), candidate, self.log_space)
 
@@ -255,12 +253,14 @@ class RGLRU(LinearCell):
             None if in_features == features else nnx.Linear(in_features, features, use_bias=False, rngs=rngs, **shared)
         )
 
-    def narrowed(self, xs: Float[Array, "B T D_in"]) -> Float[Array, "B T D"]:
+    def inputs(self, xs: Float[Array, "B T D_in"]) -> Float[Array, "B T D"]:
+        """At the cell's own width."""
+        xs = super().inputs(xs)
         return xs if self.projection is None else linear(self.projection, xs, xs.dtype)
 
     def coefficients(self, xs: Float[Array, "B T D_in"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """log a, and sqrt(1 - a^2) i x."""
-        xs = self.narrowed(xs)
+        xs = self.inputs(xs)
         r, i = self.project(xs)
         log_a = -C * softplus(self.Lambda[...].astype(r.dtype))[None, None] * sigmoid(r)
         return log_a, root_one_minus_square(log_a) * sigmoid(i) * xs.astype(r.dtype)

@@ -64,12 +64,12 @@ class LSTMRule:
         """What P multiplies."""
         return self.memory(x, r, state, params)[1]
 
-    def gates_before(self, x, r, state, params):
-        """{gate: what its sigmoid is of}, for analysis."""
+    def preactivations(self, x, r, state, params):
+        """Of the gates, by name, and with all that the options add to W x + R h + b."""
         return self.memory(x, r, state, params)[2]
 
     def memory(self, x, r, state, params):
-        """The new c, the output o tanh(c), and what the gates' sigmoids are of."""
+        """The new c, the output o tanh(c), and the gates' pre-activations."""
         if "gain_x" in params:
             shares = ((x, "gain_x"), (r[: len(x)], "gain_r"))  # after r comes what is projected
             x, r = (unstack(normalized(stack(a), params[gain])) for a, gain in shares)
@@ -78,23 +78,20 @@ class LSTMRule:
         share = {gate: a + b for gate, a, b in zip(self.gates, x, r)}
         peephole = params["peephole"] if "peephole" in params else {}
 
-        def before(name, c):
+        def gate(name, c):
             a = share[name] + peephole[name] * c if name in peephole else share[name]
             return clipped(a, self.gate_clip)
 
-        def gate(name):
-            return sigmoid(gates[name]) if name in gates else 1.0
-
         z = clipped(share["z"], self.gate_clip)
-        gates = {name: before(name, state.c) for name in ("i", "f") if name in share}
-        i = gate("i")
-        f = 1 - i if self.coupled else gate("f")
+        gates = {name: gate(name, state.c) for name in ("i", "f") if name in share}
+        i = sigmoid(gates["i"]) if "i" in gates else 1.0
+        f = 1 - i if self.coupled else sigmoid(gates["f"]) if "f" in gates else 1.0
         c = clipped(f * state.c + i * (jnp.tanh(z) if self.input_activation else z), self.cell_clip)
         if "o" in share:
-            gates["o"] = before("o", c)
+            gates["o"] = gate("o", c)
         out = c if "gain_c" not in params else normalized(c, params["gain_c"], axes=(-1,)) + params["bias_c"]
         out = jnp.tanh(out) if self.output_activation else out
-        return c, gate("o") * out, gates
+        return c, sigmoid(gates["o"]) * out if "o" in gates else out, gates
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,9 @@ class GateRecurrentRule(LSTMRule):
         return state.gates
 
     def memory(self, x, r, state, params):
-        seen = dict(zip((gate for gate in self.gates if gate != "z"), r[len(self.gates) :]))
+        """As without, of gates that have that share too."""
+        G = len(self.gates)
+        seen = dict(zip((gate for gate in self.gates if gate != "z"), r[G:]))
         r = tuple(a + seen[gate] if gate in seen else a for gate, a in zip(self.gates, r))
         return super().memory(x, r, state, params)
 
