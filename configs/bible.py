@@ -28,6 +28,7 @@ PRESETS = {
         learning_rate=4e-3,
         weight_decay=0.05,
         dropout=0.0,
+        evaluations=6,
         models={
             "lstm": {"model.dim": 192, "model.num_layers": 1, "model.embedding_dim": 64},
             "xlstm[1:1]": {"model.dim": 96, "model.num_layers": 2, "model.embedding_dim": 96},
@@ -41,6 +42,7 @@ PRESETS = {
         learning_rate=4e-3,
         weight_decay=0.05,
         dropout=0.1,
+        evaluations=5,
         models={
             "lstm": {"model.dim": 448, "model.num_layers": 1, "model.embedding_dim": 64},
             "xlstm[1:1]": {"model.dim": 192, "model.num_layers": 2, "model.embedding_dim": 192, "steps": 1_600},
@@ -71,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.steps = numbers["steps"]
     config.batch_size = numbers["batch_size"]
     config.seed = 0
-    config.eval_every = config.save_every = max(numbers["steps"] // 5, 1)
+    config.eval_every = config.save_every = max(numbers["steps"] // numbers["evaluations"], 1)
     config.log_every = 20
     # streams that a split is read in, each from an empty state: few, so that little is read cold
     config.eval_batch_size = 8
