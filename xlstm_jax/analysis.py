@@ -21,7 +21,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .cells.base import Cell, RecurrentCell
+from .cells.base import Cell, RecurrentCell, check_flags
 from .cells.linear import LinearCell
 from .cells.mlstm import MLSTM
 from .cells.slstm import SLSTM
@@ -225,9 +225,10 @@ def log_forget(cell: Cell, xs: Array, state: Any = None) -> Float[Array, "B T ..
     """
     if not has_forget_gate(cell):
         raise ValueError(f"{type(cell).__name__} has no forget gate")
-    preactivations = gate_preactivations(cell, xs, state)
     if isinstance(cell, LinearCell):
+        _start(cell, xs, state)
         return cell.coefficients(xs)[0]
+    preactivations = gate_preactivations(cell, xs, state)
     gate, sign = ("f", 1) if isinstance(cell, MLSTM) else (cell.forget_gate, cell.forget_sign)
     return jax.nn.log_sigmoid(sign * preactivations[gate])
 
@@ -249,9 +250,7 @@ def _start(cell: Cell, xs: Array, state: Any, mask: Array | None = None, reset: 
     """The given state or the empty one, after the checks that a step of its own would make too late or not at all."""
     if xs.ndim < 2 or xs.shape[1] == 0:
         raise ValueError(f"xs must be (B, T, ...) with T at least 1, not {xs.shape}")
-    for name, flags in (("mask", mask), ("reset", reset)):
-        if flags is not None and (flags.shape != xs.shape[:2] or flags.dtype != jnp.bool_):
-            raise ValueError(f"{name} must be bool of the shape {xs.shape[:2]}, not {flags.dtype} {flags.shape}")
+    check_flags(xs, mask, reset)
     if state is None:
         state = cell.empty_state(xs) if isinstance(cell, RecurrentCell) else cell.initial_state(xs.shape[0])
     if not cell.has_step:

@@ -59,7 +59,7 @@ class Attention(Cell):
     def initial_state(self, batch_size: int) -> AttentionState:
         """An empty cache."""
         shape = (batch_size, self.context, self.num_heads, self.features // self.num_heads)
-        k, v = (jnp.zeros(shape, jnp.promote_types(self.param_dtype, jnp.float32)) for _ in "kv")
+        k, v = (jnp.zeros(shape, self.state_dtype) for _ in "kv")
         return AttentionState(k, v, jnp.full(shape[:2], -1, jnp.int32), jnp.zeros(batch_size, jnp.int32))
 
     def __call__(

@@ -116,8 +116,7 @@ class MLSTMLayer(Cell):
     def initial_state(self, batch_size: int) -> MLSTMLayerState:
         """Empty memory and convolution window."""
         H, E = self.num_heads, self.inner // self.num_heads
-        dtype = jnp.promote_types(self.param_dtype, jnp.float32)
-        memory = mlstm_kernel.initial_state(batch_size, H, E, E, dtype)
+        memory = mlstm_kernel.initial_state(batch_size, H, E, E, self.state_dtype)
         return MLSTMLayerState(memory, self.conv.initial_state(batch_size))
 
     def __call__(

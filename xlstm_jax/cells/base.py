@@ -21,6 +21,11 @@ class Cell(nnx.Module):
     forms: tuple[str, ...] = ()  # the first is the plain loop; a cell made of cells has theirs
 
     @property
+    def state_dtype(self) -> DTypeLike:
+        """float32, or float64 where the parameters are."""
+        return jnp.promote_types(self.param_dtype, jnp.float32)
+
+    @property
     def has_step(self) -> bool:
         """Whether an output needs nothing that comes later."""
         return True
@@ -138,10 +143,9 @@ class RecurrentCell(Cell):
 
     def initial_biases(self, key: Key[Array, ""], bias_init: Initializer, forget_bias: Any) -> Float[Array, "G D"]:
         """Each gate's bias, by head; `forget_bias` over `bias_init` for the gate that keeps the state."""
-        wide = jnp.promote_types(self.param_dtype, jnp.float32)
 
         def draw(init, key):
-            return init(key, (self.num_heads, self.features // self.num_heads), wide).reshape(-1)
+            return init(key, (self.num_heads, self.features // self.num_heads), self.state_dtype).reshape(-1)
 
         keys = jax.random.split(key, len(self.gates))
         b = {gate: draw(bias_init, k) for gate, k in zip(self.gates, keys)}
@@ -161,11 +165,6 @@ class RecurrentCell(Cell):
             if not 0 <= rate <= 1:
                 raise ValueError(f"zoneout of {field} is {rate}: it must lie in [0, 1]")
         return tuple((field, rate) for field, rate in rates.items() if rate)
-
-    @property
-    def state_dtype(self) -> DTypeLike:
-        """float32, or float64 where the parameters are."""
-        return jnp.promote_types(self.param_dtype, jnp.float32)
 
     def rule_params(self) -> Any:
         """What the rule needs beside the gates, in the state's dtype, with the rank of a gate."""
@@ -285,11 +284,16 @@ def check_inputs(
         raise ValueError("xs has no time step (T = 0); at least one is needed")
     if not jnp.issubdtype(xs.dtype, jnp.floating):
         raise ValueError(f"xs must be floating, not {xs.dtype}")
+    check_flags(xs, mask, reset)
+    if state is not None:
+        check_state(state, jax.eval_shape(empty_state))
+
+
+def check_flags(xs: Array, mask: Array | None, reset: Array | None) -> None:
+    """Both are bool (B, T), as xs (B, T, ...) has it."""
     for name, flags in (("mask", mask), ("reset", reset)):
         if flags is not None and (flags.shape != xs.shape[:2] or flags.dtype != jnp.bool_):
             raise ValueError(f"{name} must be bool of the shape {xs.shape[:2]}, not {flags.dtype} {flags.shape}")
-    if state is not None:
-        check_state(state, jax.eval_shape(empty_state))
 
 
 def check_state(state: Any, empty: Any) -> None:

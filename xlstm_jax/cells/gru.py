@@ -69,10 +69,8 @@ class GRU(RecurrentCell):
         return () if self.b_hn is None else (self.as_gate(self.b_hn[...]),)
 
 
-@dataclass(frozen=True)
-class MGURule:
-    def inner(self, x, r, state, params):
-        return sigmoid(x[0] + r[0]) * state.h
+class MGURule(ResetBeforeRule):
+    """Its one gate acts before S as a reset does."""
 
     def __call__(self, x, r, state, params):
         f, n = sigmoid(x[0] + r[0]), jnp.tanh(x[1] + r[1])

@@ -99,11 +99,6 @@ class LinearCell(Cell):
         shape = self.num_heads, self.features // self.num_heads
         return initializer(init)(rngs.params(), shape, self.state_dtype).reshape(-1).astype(self.param_dtype)
 
-    @property
-    def state_dtype(self) -> DTypeLike:
-        """float32, or float64 where the parameters are."""
-        return jnp.promote_types(self.param_dtype, jnp.float32)
-
     def initial_state(self, batch_size: int) -> Any:
         """The empty state h = 0."""
         return self.State(jnp.zeros((batch_size, self.features), self.state_dtype))

@@ -68,8 +68,7 @@ class MLSTM(Cell):
     def initial_state(self, batch_size: int) -> MLSTMState:
         """The empty memory, float32 or wider."""
         H = self.num_heads
-        dtype = jnp.promote_types(self.param_dtype, jnp.float32)
-        return kernel.initial_state(batch_size, H, self.qk_features // H, self.features // H, dtype)
+        return kernel.initial_state(batch_size, H, self.qk_features // H, self.features // H, self.state_dtype)
 
     def __call__(
         self,
