@@ -79,3 +79,13 @@ def test_bad_input_says_what_is_wrong(case):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("backbone", ["xlstm[3:1]", "xlstm_large", "transformer"])
+def test_language_models_start_at_the_uniform_loss(backbone, tied):
+    model = models.LM(256, backbone=backbone, dim=128, num_layers=4, tie_weights=tied, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (4, 64), 0, 256)
+    log_p = jax.nn.log_softmax(model(tokens)[0][:, :-1])
+    loss = -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1).mean()
+    assert abs(float(loss) / np.log(256) - 1) < 0.02

@@ -2,6 +2,6 @@
 
 from .backbone import BACKBONES, backbone
 from .lm import LM
-from .sequence import Classifier, Tagger
+from .sequence import BlockStack, Classifier, Tagger
 
-__all__ = ["BACKBONES", "LM", "Classifier", "Tagger", "backbone"]
+__all__ = ["BACKBONES", "LM", "BlockStack", "Classifier", "Tagger", "backbone"]
