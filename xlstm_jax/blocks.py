@@ -88,6 +88,7 @@ class MLSTMLayer(Cell):
         *,
         num_heads: int = 4,
         proj_factor: float | int = 2.0,
+        inner_width: int | None = None,
         conv_width: int = 4,
         qkv_block: int = 4,
         use_bias: bool = False,
@@ -98,8 +99,11 @@ class MLSTMLayer(Cell):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """use_bias: in up, q, k, v and down; num_blocks: in the whole model, for the initial scale of `down`."""
-        inner = round_up(proj_factor * features)
+        """inner_width: of a, z, q, k and v, if not proj_factor D rounded up to 64; use_bias: in up, q, k, v and down.
+
+        num_blocks: in the whole model, for the initial scale of `down`.
+        """
+        inner = round_up(proj_factor * features) if inner_width is None else inner_width
         if num_heads < 1 or inner % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide the inner width {inner}")
         if qkv_block < 1 or inner % qkv_block:

@@ -38,8 +38,8 @@ BACKBONES = [
 ]
 # Options of one kind of block alone, beside those with the prefix "mlstm_" or "slstm_"
 OWN = {
-    "mlstm": ("proj_factor", "qkv_block", "use_bias"),
-    "slstm": ("recurrent_init", "ffn_factor", "ffn_activation", "ffn_bias"),
+    "mlstm": ("proj_factor", "inner_width", "qkv_block", "use_bias"),
+    "slstm": ("recurrent_init", "ffn_width", "ffn_activation", "ffn_bias"),
 }
 
 
@@ -57,10 +57,9 @@ def backbone(
 ) -> cells.Stack:
     """The stack `name` of width `dim`; options go to its cells or mixers.
 
-    In xLSTM[a:b] and "xlstm" `proj_factor`, `qkv_block` and `use_bias` go to the mLSTM blocks alone, `recurrent_init`,
-    `ffn_factor` (0: no feed-forward part), `ffn_activation` and `ffn_bias` to the sLSTM blocks, and so does what has
-    the prefix "mlstm_" or "slstm_": `slstm_conv_width=0`. "xlstm_large" has `ffn_factor` and `ffn_multiple`, the width
-    of its feed-forward part, and `norm_eps`.
+    In xLSTM[a:b] and "xlstm" `proj_factor`, `inner_width`, `qkv_block` and `use_bias` go to the mLSTM blocks alone,
+    `recurrent_init`, `ffn_width` (0: no feed-forward part), `ffn_activation` and `ffn_bias` to the sLSTM blocks, and so
+    does what has the prefix "mlstm_" or "slstm_": `slstm_conv_width=0`. "xlstm_large" has `ffn_width` and `norm_eps`.
 
     `in_features`: width of the inputs where it is not `dim`, for bare cells only (there is no residual connection).
     """
@@ -85,9 +84,12 @@ def backbone(
         for kind, given in own.items():
             if given and ratio and kind not in pattern:
                 raise ValueError(f"{' and '.join(given)}: for {kind[0]}LSTM blocks, of which {name} has none")
-        factor, activation = own["slstm"].pop("ffn_factor", 1.3), own["slstm"].pop("ffn_activation", "gelu")
-        bias = own["slstm"].pop("ffn_bias", False)
-        own = {kind: shared_options | given | shared for kind, given in own.items()}
+        hidden, activation = own["slstm"].pop("ffn_width", None), own["slstm"].pop("ffn_activation", "gelu")
+        hidden, bias = round_up(1.3 * dim) if hidden is None else hidden, own["slstm"].pop("ffn_bias", False)
+        own = {
+            kind: shared_options | {name.removeprefix(f"{kind}_"): value for name, value in given.items()} | shared
+            for kind, given in own.items()
+        }
 
         def norm():
             return Norm(dim, residual=True, **norms)
@@ -97,20 +99,20 @@ def backbone(
                 mixer = MLSTMLayer(dim, num_blocks=num_layers, **own["mlstm"])
                 return Block(mixer, norm=norm(), dropout=dropout)
             mixer = SLSTMLayer(dim, block=index, num_blocks=num_layers, **own["slstm"])
-            if not factor:
+            if not hidden:
                 return Block(mixer, norm=norm(), dropout=dropout)
-            ffn = feed_forward(round_up(factor * dim), activation, bias)
+            ffn = feed_forward(hidden, activation, bias)
             return Block(mixer, norm=norm(), ffn=ffn, ffn_norm=norm(), dropout=dropout)
 
     elif name == "xlstm_large":
         pattern = ("xlstm_large",) * num_layers
-        factor, multiple = options.pop("ffn_factor", 2.6667), options.pop("ffn_multiple", 64)
+        hidden = options.pop("ffn_width", None) or round_up(int(2.6667 * dim))
         bias, epsilon = options.get("use_bias", False), options.get("norm_eps", 1e-6)
 
         def make(index):
             mixer = MLSTMLargeLayer(dim, num_blocks=num_layers, **options, **shared)
             rms = [Norm(dim, mean=False, use_bias=bias, epsilon=epsilon, **norms) for _ in range(2)]
-            ffn = feed_forward(round_up(int(factor * dim), multiple), "swish", bias)
+            ffn = feed_forward(hidden, "swish", bias)
             return Block(mixer, norm=rms[0], ffn=ffn, ffn_norm=rms[1], dropout=dropout)
 
     elif name == "transformer":
@@ -139,12 +141,12 @@ def backbone(
 
 
 def split_options(options: dict) -> tuple[dict, dict[str, dict]]:
-    """Options of both kinds of block, and those of one kind, by kind and without their prefix."""
+    """Options of both kinds of block, and those of one kind, by kind."""
     own = {kind: {} for kind in OWN}
     both = {}
     for name, value in options.items():
         kind = next((kind for kind, names in OWN.items() if name in names or name.startswith(f"{kind}_")), None)
-        (own[kind] if kind else both)[name.removeprefix(f"{kind}_")] = value
+        (own[kind] if kind else both)[name] = value
     return both, own
 
 
