@@ -25,7 +25,7 @@ class Weights:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         files, candidates = find_files(self.path)
-        self.config_name, self.config = read_config(self.path, candidates)
+        self.config_file, self.config = read_config(self.path, candidates)
         self._stack, self._files, self.shapes, dtypes = ExitStack(), {}, {}, {}
         for file in files:
             self._open(file, dtypes)
@@ -74,8 +74,7 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
             raise ValueError(f"{path} is no .safetensors file")
         return [path], [path.with_suffix(".config.json"), *(path.with_name(name) for name in CONFIGS)]
     files = sorted(path.glob("*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
+    for index in path.glob("*.safetensors.index.json"):
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise ValueError(f'{index} has no "weight_map" from tensors to files')
@@ -87,19 +86,19 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
         if pickles:
             raise ValueError(
-                f"{path} holds only pickles ({', '.join(pickles)}), which can run any code: save the weights as safetensors"
+                f"{path} holds only pickles ({', '.join(pickles)}), which can run any code: save safetensors"
             )
         raise ValueError(f"{path} holds no .safetensors file")
     return files, [path / name for name in CONFIGS]
 
 
-def read_config(path: Path, candidates: list[Path]) -> tuple[str, Mapping[str, Any]]:
+def read_config(path: Path, candidates: list[Path]) -> tuple[Path, Mapping[str, Any]]:
     """The first of the files that is there, and what it says."""
     file = next((file for file in candidates if file.is_file()), None)
     if file is None:
         raise ValueError(f"{path} has no configuration beside it: {' or '.join(file.name for file in candidates)}")
     config = read_json(file) if file.suffix == ".json" else read_yaml(file)
-    return file.name, config
+    return file, config
 
 
 def read_json(file: Path) -> dict[str, Any]:

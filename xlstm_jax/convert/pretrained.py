@@ -1,12 +1,12 @@
 """Published xLSTM models from and to folders of safetensors, tensor by tensor, into any sharding.
 
 Read are NX-AI's xLSTMLMModel and xLSTMBlockStack (sLSTM weights in the vanilla or the CUDA layout), NX-AI's xLSTMLarge
-and Hugging Face's xLSTMForCausalLM (single or fused weights), each beside its configuration. Dropout is not carried over.
+and Hugging Face's xLSTMForCausalLM (single or fused weights), each beside its configuration. Dropout is not read.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from ..cells.base import Cell
 from ..models import LM, BlockStack
 from ..names import unknown
 from .files import Weights
 from .published import describe, understand
-from .tensors import LAYOUTS, Place, Tensors, tensors_of
+from .tensors import LAYOUTS, Place, Tensors, assemble, tensors_of
 
 FORMATS = ("hf", "nxai")
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -49,6 +48,7 @@ def load_pretrained(
         model = nnx.eval_shape(lambda: kind(**config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
         tensors = tensors_of(model, family)
         check_tensors(weights, tensors)
+        check_tied(weights, tensors)
         graphdef, state = nnx.split(model)
         flat = dict(nnx.to_flat_state(state))
         for path_in_model, variable in flat.items():
@@ -57,7 +57,6 @@ def load_pretrained(
             wanted = sharding(name, shape) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
             array = jax.make_array_from_callback(shape, wanted, reader(weights, where, shape, variable.dtype))
             flat[path_in_model] = variable.replace(array)
-        check_tied(weights, tensors)
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), config
 
 
@@ -72,7 +71,7 @@ def check_tensors(weights: Weights, tensors: Tensors) -> None:
             what = f"vocab_size={shape[0]}" if rows else "the configuration"
             problems.append(f"{name} has the shape {found[name]} where {what} wants {shape}")
     if problems:
-        raise ValueError(f"{weights.path} does not fit {weights.config_name}: {'; '.join(problems)}")
+        raise ValueError(f"{weights.path} does not fit {weights.config_file.name}: {'; '.join(problems)}")
 
 
 def check_tied(weights: Weights, tensors: Tensors) -> None:
@@ -83,7 +82,7 @@ def check_tied(weights: Weights, tensors: Tensors) -> None:
             weights.read(tensors.tied), weights.read(embedding)
         ):
             raise ValueError(
-                f"{weights.path}: {tensors.tied} differs from {embedding}, though {weights.config_name} ties them"
+                f"{weights.path}: {tensors.tied} differs from {embedding}, though {weights.config_file.name} ties them"
             )
 
 
@@ -106,7 +105,7 @@ def reader(weights: Weights, places: list[Place], shape: tuple[int, ...], dtype:
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array that a CPU device takes as it is, without a copy, because it begins at a multiple of 64 bytes."""
     dtype = np.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
@@ -135,40 +134,42 @@ def save_pretrained(
     family, config, config_name = describe(model, format, layout)
     tensors = tensors_of(model, family)
     path.mkdir(parents=True, exist_ok=True)
-    write_shards(model, tensors, path, shard_bytes)
+    values = {key: np.asarray(variable[...]) for key, variable in nnx.to_flat_state(nnx.state(model))}
+    shapes = dict(tensors.shapes)
+    if tensors.tied and family.kind == "lm":  # NX-AI's state dict has both names
+        shapes[tensors.tied] = shapes[tensors.vocabulary[0]]
+    itemsize = next(iter(values.values())).dtype.itemsize
+    sizes = {name: math.prod(shape) * itemsize for name, shape in shapes.items()}
+    shards = split(sizes, shard_bytes)
+    files = file_names(len(shards), family.kind)
+    for file, names in zip(files, shards):
+        save_file(assemble(values, tensors, names), path / file, metadata={"format": "pt"})
+    if len(shards) > 1 and family.kind != "large":
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     text = json.dumps(config, indent=2) if config_name.endswith("json") else yaml.safe_dump(config, sort_keys=False)
     (path / config_name).write_text(text)
 
 
-def write_shards(model: Cell, tensors: Tensors, path: Path, shard_bytes: float | int) -> None:
-    """model.safetensors, or several with an index, one after another."""
-    values = {key: np.asarray(variable[...]) for key, variable in nnx.to_flat_state(nnx.state(model))}
-    pieces = defaultdict(list)
-    for key, places in tensors.places.items():
-        for place in places:
-            for part in place.parts:
-                pieces[part.name].append((key, place, part))
-    dtype = {name: values[found[0][0]].dtype for name, found in pieces.items()}
-    bytes_of = {name: int(np.prod(shape)) * dtype[name].itemsize for name, shape in tensors.shapes.items()}
+def split(sizes: Mapping[str, int], most: float | int) -> list[list[str]]:
+    """The tensors in as few files as hold at most so many bytes each, or one tensor."""
     shards, filled = [[]], 0
-    for name, size in bytes_of.items():
-        if shards[-1] and filled + size > shard_bytes:
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > most:
             shards.append([])
             filled = 0
         shards[-1].append(name)
         filled += size
-    count = len(shards)
-    files = (
-        ["model.safetensors"] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+    return shards
+
+
+def file_names(count: int, kind: str) -> list[str]:
+    """As each library looks for them."""
+    if kind == "large":
+        return [f"model_{n}.safetensors" for n in range(count)]
+    return (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     )
-    for file, names in zip(files, shards):
-        arrays = {}
-        for name in names:
-            arrays[name] = np.empty(tensors.shapes[name], dtype[name])
-            for key, place, part in pieces[name]:
-                place.write(values[key], part, arrays[name])
-        save_file(arrays, path / file, metadata={"format": "pt"})
-    if count > 1:
-        weight_map = {name: file for file, names in zip(files, shards) for name in names}
-        index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": weight_map}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -48,9 +48,7 @@ class Fields:
 def understand(weights: Weights) -> tuple[Family, dict[str, Any]]:
     """What the weights are of, and the arguments of `LM`, or of `BlockStack`, that their configuration means."""
     family = family_of(weights.shapes, weights.path)
-    fields = Fields(
-        str(weights.path / weights.config_name if weights.path.is_dir() else weights.config_name), weights.config
-    )
+    fields = Fields(str(weights.config_file), weights.config)
     if family.kind in ("lm", "stack"):
         return family, xlstm_arguments(fields, family)
     return family, large_arguments(fields, f"{family.names['norm']}.bias" in weights.shapes)
@@ -158,9 +156,7 @@ def describe(model: Cell, format: str, layout: str | None) -> tuple[Family, dict
     layout = layout or valid[0]
     if not large:
         if format == "hf":
-            raise ValueError(
-                "Hugging Face has xLSTM 7B's blocks only; a model of other blocks is saved by format='nxai'"
-            )
+            raise ValueError("Hugging Face has xLSTM 7B's blocks only; this model can be saved by format='nxai'")
         return Family("lm" if isinstance(model, LM) else "stack", layout), xlstm_config(model, layout), "config.json"
     config = large_config(model, layout)
     if format == "nxai":
@@ -213,7 +209,7 @@ def large_config(model: LM, layout: str) -> dict[str, Any]:
 
 
 def xlstm_config(model: Cell, layout: str) -> dict[str, Any]:
-    """NX-AI's xLSTMLMModelConfig or xLSTMBlockStackConfig; its context_length, of which weights know nothing, is 2048."""
+    """NX-AI's xLSTMLMModelConfig or xLSTMBlockStackConfig; its context_length, which nothing here limits, is 2048."""
     blocks = [block for _, _, block in blocks_of(model.backbone)]
     dim = blocks[0].norm.scale.shape[-1]
     m = next((block.mixer for block in blocks if isinstance(block.mixer, MLSTMLayer)), None)

@@ -114,7 +114,10 @@ class Place(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """Places by the parameter's path, shapes by the tensor's name; `tied`: a second name of the first of `vocabulary`."""
+    """Places by the parameter's path, shapes by the tensor's name.
+
+    vocabulary: the tensors with a row a token; tied: the second name of the only one, where the model ties its weights.
+    """
 
     places: dict[tuple, list[Place]]
     shapes: dict[str, tuple[int, ...]]
@@ -139,6 +142,21 @@ def tensors_of(model: Cell, family: Family) -> Tensors:
     outer = [names[part] for part in ("embedding", "head") if any(path[0] == part for path in flat)]
     tied = names["head"] if len(outer) == 1 else None
     return Tensors(places, tensor_shapes(flat, places), tuple(outer), tied)
+
+
+def assemble(values: Mapping[tuple, np.ndarray], tensors: Tensors, names: list[str]) -> dict[str, np.ndarray]:
+    """The named tensors of the parameters `values`, or of gradients of the same shapes."""
+    arrays, wanted = {}, set(names)
+    for path, places in tensors.places.items():
+        for place in places:
+            for part in place.parts:
+                if part.name in wanted:
+                    if part.name not in arrays:
+                        arrays[part.name] = np.empty(tensors.shapes[part.name], values[path].dtype)
+                    place.write(values[path], part, arrays[part.name])
+    if tensors.tied in wanted:
+        arrays[tensors.tied] = assemble(values, tensors, list(tensors.vocabulary))[tensors.vocabulary[0]]
+    return arrays
 
 
 def tensor_shapes(flat: Mapping[tuple, tuple[int, ...]], places: Mapping[tuple, list[Place]]) -> dict[str, tuple]:
@@ -238,17 +256,17 @@ def family_of(shapes: Mapping[str, tuple[int, ...]], path: Any) -> Family:
     if kind is None:
         some = ", ".join(sorted(shapes)[:3])
         raise ValueError(
-            f"{path} is of an unknown layout: its tensors are called {some}, ...; known are those of NX-AI's xLSTMLMModel "
-            "(xlstm_block_stack.blocks.0...), xLSTMBlockStack (blocks.0...) and xLSTMLarge (backbone.blocks.0...), and "
-            "of Hugging Face's xLSTMForCausalLM (backbone.embeddings.weight)"
+            f"{path} is of an unknown layout: its tensors are called {some}, ...; known are those of NX-AI's "
+            "xLSTMLMModel (xlstm_block_stack.blocks.0...), xLSTMBlockStack (blocks.0...) and xLSTMLarge "
+            "(backbone.blocks.0...), and of Hugging Face's xLSTMForCausalLM (backbone.embeddings.weight)"
         )
     if kind in ("lm", "stack"):
         kernels = {shape for name, shape in shapes.items() if name.endswith("slstm_cell._recurrent_kernel_")}
         cuda = {len(shape) == 3 and shape[2] == 4 * shape[1] for shape in kernels}
         if len(cuda) > 1:
             raise ValueError(
-                f"{path}: some sLSTM blocks have the CUDA layout (head, in, 4 out), others the vanilla one (head, 4 out, "
-                "in); which one is meant? Save the model anew by one backend"
+                f"{path}: some sLSTM blocks have the CUDA layout (head, in, 4 out), others the vanilla one "
+                "(head, 4 out, in); which one is meant? Save the model anew by one backend"
             )
         return Family(kind, "cuda" if True in cuda else "vanilla")
     fused = any(name.endswith("mlstm_layer.qkv_opreact.weight") for name in shapes)

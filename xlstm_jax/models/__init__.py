@@ -3,5 +3,6 @@
 from .backbone import BACKBONES, backbone
 from .lm import LM
 from .sequence import BlockStack, Classifier, Tagger
+from .sizes import SIZES
 
-__all__ = ["BACKBONES", "LM", "BlockStack", "Classifier", "Tagger", "backbone"]
+__all__ = ["BACKBONES", "LM", "SIZES", "BlockStack", "Classifier", "Tagger", "backbone"]
