@@ -1,6 +1,6 @@
 """Published sizes as arguments of `LM`: `LM(**SIZES["xlstm_large 7B"], rngs=nnx.Rngs(0))`.
 
-xlstm[1:0], xlstm[7:1], llama   xLSTM paper, arXiv:2405.04517, tables 3 and 7, and section 4.2 for the sLSTM blocks' places
+xlstm[1:0], xlstm[7:1], llama   xLSTM paper, arXiv:2405.04517, tables 3 and 7; places of sLSTM blocks: section 4.2
 xlstm_large                     xLSTM 7B, arXiv:2503.13427, and the scaling-law study, arXiv:2510.02228
 """
 
