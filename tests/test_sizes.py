@@ -61,4 +61,4 @@ def test_xlstm_7b():
 def test_sizes_of_the_scaling_laws(size):
     """The paper gives widths and blocks; its names are round numbers."""
     named = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
-    assert abs(count_by_kind(**models.SIZES[f"xlstm_large {size}"]) / named - 1) < 0.03
+    assert abs(count_by_kind(**models.SIZES[f"xlstm_large {size}"]) / named - 1) < 0.04
