@@ -256,8 +256,9 @@ def test_nothing_is_saved_that_does_not_fit(tmp_path):
             models.Tagger(num_classes=2, **BLOCKS, vocab_size=5, rngs=nnx.Rngs(0)),
             "new",
             {},
-            "or BlockStack, not Tagger",
+            "an LM or a BlockStack can be saved, not a Tagger",
         ),
+        (build(backbone="xlstm_large", dim=16, num_layers=1, num_heads=2), "new", {}, "not as a BlockStack"),
     ]
     for model, folder, options, message in cases:
         with pytest.raises(ValueError, match=message):

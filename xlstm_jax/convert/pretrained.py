@@ -18,6 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from ..cells.base import Cell
 from ..models import LM, BlockStack
 from ..names import unknown
 from .files import Weights
@@ -112,17 +113,17 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def save_pretrained(
-    model: LM | BlockStack,
+    model: Cell,
     path: str | Path,
     format: str = "hf",
     *,
     layout: str | None = None,
     shard_bytes: float | int = 5e9,
 ) -> None:
-    """Writes a new folder that NX-AI's library ("nxai") or Hugging Face's ("hf", xLSTM 7B's blocks only) reads.
+    """Writes an LM or a BlockStack into a new folder that NX-AI's library ("nxai") or Hugging Face's ("hf") reads.
 
-    layout: "single" or "fused" weights of xLSTM 7B's blocks, "vanilla" or "cuda" weights of sLSTM blocks; the first of
-    each if not given. shard_bytes: the most that one file holds.
+    format: "hf" is for xLSTM 7B's blocks only. layout: "single" or "fused" weights of those blocks, "vanilla" or "cuda"
+    weights of sLSTM blocks; the first of each if not given. shard_bytes: the most that one file holds.
     """
     if format not in FORMATS:
         raise ValueError(unknown("format", format, FORMATS))

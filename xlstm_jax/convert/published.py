@@ -148,6 +148,8 @@ HF = dict(
 
 def describe(model: Cell, format: str, layout: str | None) -> tuple[Family, dict[str, Any], str]:
     """The family, the configuration and its file's name that a model is saved with."""
+    if not isinstance(model, (LM, BlockStack)):
+        raise ValueError(f"an LM or a BlockStack can be saved, not a {type(model).__name__}")
     mixers = [block.mixer for _, _, block in blocks_of(model.backbone)]
     other = next((m for m in mixers if not isinstance(m, (MLSTMLargeLayer, MLSTMLayer, SLSTMLayer))), None)
     if other is not None:
@@ -177,8 +179,8 @@ def describe(model: Cell, format: str, layout: str | None) -> tuple[Family, dict
 
 def check_published(model: Cell, large: bool) -> None:
     """Nothing that the published models lack, and that would be lost."""
-    if not isinstance(model, LM) and (large or not isinstance(model, BlockStack)):
-        raise ValueError(f"xLSTM models are saved as LM{'' if large else ' or BlockStack'}, not {type(model).__name__}")
+    if large and not isinstance(model, LM):
+        raise ValueError("xLSTM 7B's blocks are saved as a language model, not as a BlockStack")
     if not large and isinstance(model, LM) and model.logit_cap:
         raise ValueError(f"NX-AI's xLSTMLMModel has no cap of the logits, as this model has ({model.logit_cap})")
     norm = model.norm
