@@ -1,5 +1,6 @@
 """The README's tables are those that the committed rows make."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,3 +12,11 @@ ROOT = Path(__file__).parents[1]
 def test_every_line_of_the_table_is_in_the_readme(table):
     first = table.read_text().split("\n\n")[1].splitlines()
     assert len(first) > 2 and set(first) <= set((ROOT / "README.md").read_text().splitlines())
+
+
+def test_the_examples_run():
+    """Every Python block but the one that shows a rule, one after another as a reader types them."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    examples = [block for block in blocks if not block.startswith("def rule")]
+    assert len(examples) == 2
+    exec("\n".join(examples), {})
