@@ -50,7 +50,7 @@ def text(
 @command.exit_code
 def main(argv: list[str]) -> int:
     arguments = command.Arguments("generate", __doc__)
-    arguments.add_argument("--workdir", required=True, help="folder of a run of kind lm")
+    arguments.add_argument("--workdir", type=command.folder, required=True, help="folder of a run of kind lm")
     arguments.add_argument("--prompt", default="In the beginning ", help="text to go on with")
     arguments.add_argument("--length", type=int, default=400, help="bytes")
     arguments.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest byte")

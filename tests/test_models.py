@@ -67,7 +67,7 @@ BAD = {
     "pool": (lambda: build(models.Classifier, pool="max"), "pool must be 'last' or 'mean'"),
     "no time": (lambda: build()(jnp.zeros((2, 0), int)), "T at least 1"),
     "one axis": (
-        lambda: build().features(jnp.zeros(2, int), None, None, None, None),
+        lambda: build().hidden(jnp.zeros(2, int), None, None, None),
         r"tokens must be integers \(B, T\)",
     ),
 }

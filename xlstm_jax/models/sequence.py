@@ -50,14 +50,22 @@ class Tagger(Cell):
         """The backbone's."""
         return self.backbone.initial_state(batch_size)
 
-    def features(self, tokens, state, mask, reset, key) -> tuple[Float[Array, "B T D"], Any]:
-        """What the head reads."""
+    def hidden(self, tokens, state, mask, reset, *, key=None) -> tuple[Float[Array, "B T D"], Any]:
+        """What the backbone gives, and the last state."""
         if tokens.ndim != 2 or tokens.shape[1] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers (B, T) with T at least 1, not {tokens.dtype} {tokens.shape}")
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         xs = dropout(self.embedding(tokens), self.dropout, keys[0])
-        xs, state = self.backbone(xs, state, mask, reset, key=keys[1])
-        return dropout(self.norm(xs), self.dropout, keys[2]), state
+        return self.backbone(xs, state, mask, reset, key=keys[1])
+
+    def features(self, ys: Float[Array, "B T D"], *, key=None) -> Float[Array, "B T D"]:
+        """What the head reads."""
+        return dropout(self.norm(ys), self.dropout, None if key is None else jax.random.split(key, 3)[2])
+
+    def answers(self, ys: Float[Array, "B T D"], mask=None, *, key=None) -> Float[Array, "B T C"]:
+        """From what the backbone gives to float32 (or wider) logits, zero where masked."""
+        logits = self.logits(self.features(ys, key=key))
+        return masked(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), mask)
 
     def __call__(
         self,
@@ -69,10 +77,8 @@ class Tagger(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T C"], Any]:
         """tokens (B, T) to float32 (or wider) logits, zero where masked, and the last state."""
-        xs, state = self.features(tokens, state, mask, reset, key)
-        logits = self.logits(xs)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return masked(logits, mask), state
+        ys, state = self.hidden(tokens, state, mask, reset, key=key)
+        return self.answers(ys, mask, key=key), state
 
     def logits(self, xs: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
         """The head."""
@@ -90,7 +96,8 @@ class Classifier(Tagger):
 
     def __call__(self, tokens, state=None, mask=None, reset=None, *, key=None):
         """tokens (B, T) to logits (B, num_classes) and the last state; a row without a valid step has zero features."""
-        xs, state = self.features(tokens, state, mask, reset, key)
+        ys, state = self.hidden(tokens, state, mask, reset, key=key)
+        xs = self.features(ys, key=key)
         valid = jnp.ones(tokens.shape, bool) if mask is None else mask
         if self.pool == "last":
             last = jnp.max(jnp.where(valid, jnp.arange(tokens.shape[1])[None], -1), axis=1)

@@ -31,6 +31,8 @@ def make(name: str, **options: Any) -> Any:
     for option, value in options.items():
         if option not in defaults:
             raise ValueError(unknown(f"option of task {name}", option, defaults))
+        if type(value) is int and type(defaults[option]) is float:
+            options[option] = value = float(value)
         if not _same_type(value, defaults[option]):
             raise ValueError(f"task {name}: {option} must be of the kind of {defaults[option]!r}, not {value!r}")
     return TASKS[name](**options)

@@ -36,6 +36,8 @@ class ByteLM:
     corpus: str = "bundled:kjv"
     seq_len: int = 256  # bytes
     carries_state: bool = True
+    ar: float = 0.0  # adds ar x activation_l2 of the last layer's outputs to the training loss (AR)
+    tar: float = 0.0  # adds tar x temporal_l2 of them (TAR)
     data: UInt8[Array, " N"] = field(init=False, repr=False)
     data_hash: str = field(init=False, repr=False)  # SHA-256 of the corpus
 
@@ -47,6 +49,9 @@ class ByteLM:
     def __post_init__(self):
         if self.seq_len < 1:
             raise ValueError(f"{self.name}: seq_len must be at least 1, not {self.seq_len}")
+        for option in ("ar", "tar"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise ValueError(f"{self.name}: {option} must be finite and at least 0, not {getattr(self, option)}")
         data = corpora.load(self.corpus)
         start, stop = corpora.bounds(data.size, "train")
         if data.size > LARGEST or stop - start <= self.seq_len or corpora.part(data, "valid").size == 0:
@@ -117,15 +122,16 @@ class ByteLM:
         return self._at(jnp.where(asked, target, start) - 1, asked.astype(jnp.float32))
 
 
+SETTINGS = ("corpus", "seq_len", "carries_state", "ar", "tar", "data_hash")
+
+
 def _flatten(task):
-    return (task.data,), (task.corpus, task.seq_len, task.carries_state, task.data_hash)
+    return (task.data,), tuple(getattr(task, name) for name in SETTINGS)
 
 
 def _unflatten(settings, leaves):
     task = object.__new__(ByteLM)  # not through __init__, which reads the file
-    for name, value in zip(
-        ("corpus", "seq_len", "carries_state", "data_hash", "data"), (*settings, *leaves), strict=True
-    ):
+    for name, value in zip((*SETTINGS, "data"), (*settings, *leaves), strict=True):
         object.__setattr__(task, name, value)
     return task
 
