@@ -8,7 +8,7 @@ activation_l2, temporal_l2   AR and TAR (Merity et al. 2017, arXiv:1708.01009, s
 Weight drop (DropConnect on the recurrent matrix, the same reference, section 2) is `dropout` of the matrix itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,20 @@ def check_rates(**rates: float) -> None:
     for name, rate in rates.items():
         if not 0 <= rate < 1:
             raise ValueError(f"{name} is {rate}: it must lie in [0, 1)")
+
+
+def check_key(key: Any) -> None:
+    """None, or one key of the kind that says what it is."""
+    dtype = getattr(key, "dtype", None)
+    if key is not None and not (dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ()):
+        what = f"a {type(key).__name__}" if dtype is None else f"{dtype} {key.shape}"
+        raise ValueError(f"key must be one key, such as jax.random.key(0), not {what}")
+
+
+def split(key: Key[Array, ""] | None, count: int) -> Sequence[Key[Array, ""] | None]:
+    """As many keys, or as many times None."""
+    check_key(key)
+    return [None] * count if key is None else jax.random.split(key, count)
 
 
 def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:

@@ -22,6 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from ..names import unknown
+from .recurrent import select
+
 
 class MLSTMState(NamedTuple):
     """C and n in units of exp(m)."""
@@ -69,11 +72,8 @@ def mlstm(
     the state through and outputs zeros; one with reset True starts from the empty memory, exactly.
     """
     if form not in FORMS:
-        raise ValueError(f"unknown form {form!r} of mlstm; there are {sorted(FORMS)}")
-    if input_gate not in ("exp", "sigmoid"):
-        raise ValueError(f"input_gate must be 'exp' or 'sigmoid', not {input_gate!r}")
-    if not normalize and input_gate == "exp":
-        raise ValueError("normalize=False needs input_gate='sigmoid': an exponential gate has to be normalised")
+        raise ValueError(unknown("form of mlstm", form, FORMS))
+    check_gate(input_gate, normalize)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     B, T, H, K = q.shape
@@ -92,6 +92,14 @@ def mlstm(
     state = jax.tree.map(lambda a, old: a.astype(old.dtype), state, kept)
     h = jnp.moveaxis(h, 1, 2).astype(v.dtype)
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
+
+
+def check_gate(input_gate: str, normalize: bool) -> None:
+    """The gate is known, and goes with the normaliser or without."""
+    if input_gate not in ("exp", "sigmoid"):
+        raise ValueError(f"input_gate must be 'exp' or 'sigmoid', not {input_gate!r}")
+    if not normalize and input_gate == "exp":
+        raise ValueError("normalize=False needs input_gate='sigmoid': an exponential gate has to be normalised")
 
 
 def _normalised(num: Array, den: Array, m: Array, normalize: bool, eps: float) -> Array:
@@ -135,24 +143,32 @@ def _chunk(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
     allowed = jnp.tril(jnp.ones((L, L), bool))[None, None]
     if reset is None:
         F = jnp.cumsum(log_f, axis=-1)
-        base = F + m[..., None]
+        start = m[..., None]
     else:  # sums that never leave their own sequence, so that nothing before a reset is in them, exactly
         segment = jnp.cumsum(reset, axis=-1)
         allowed = allowed & (segment[:, None, :, None] == segment[:, None, None, :])
         carried = (segment == 0)[:, None]
         F = jnp.where(allowed, log_f[..., None, :], 0).sum(axis=-1)
-        base = F + jnp.where(carried, m[..., None], 0)
+        start = jnp.where(carried, m[..., None], 0)
+    base = F + start
+
+    def of_carried(a):
+        """a (B, H, L, ...) at the steps that see the carried memory, 0 at the others."""
+        return a if reset is None else select(carried, a, jnp.zeros_like(a))
+
     D = jnp.where(allowed, F[..., :, None] - F[..., None, :] + log_i[..., None, :], -jnp.inf)
-    m_all = jnp.maximum(base, D.max(axis=-1)) if stabilise else jnp.broadcast_to(m[..., None], base.shape)
-    old = jnp.exp(base - m_all)  # weight of the carried memory at each step
-    if reset is not None:
-        old = jnp.where(carried, old, 0)
-    weight = jnp.exp(D - m_all[..., None])
+    m_all = jnp.maximum(base, D.max(axis=-1)) if stabilise else jnp.broadcast_to(start, base.shape)
+    old = of_carried(jnp.exp(base - m_all))  # weight of the carried memory at each step
+    weight = jnp.where(allowed, jnp.exp(D - m_all[..., None]), 0)
     P = jnp.einsum("bhtk,bhjk->bhtj", q, k, preferred_element_type=m.dtype) * weight
-    num = old[..., None] * jnp.einsum("bhtk,bhkv->bhtv", q, C) + jnp.einsum("bhtj,bhjv->bhtv", P, v)
-    den = old * jnp.einsum("bhtk,bhk->bht", q, n) + P.sum(axis=-1)
+    q_carried = of_carried(q)  # both sides of a product are cut: 0 times a NaN of the memory is no 0, backwards either
+    num = of_carried(old[..., None] * jnp.einsum("bhtk,bhkv->bhtv", q_carried, C))
+    num = num + jnp.einsum("bhtj,bhjv->bhtv", P, v)
+    den = of_carried(old * jnp.einsum("bhtk,bhk->bht", q_carried, n)) + P.sum(axis=-1)
     h = _normalised(num, den, m_all, normalize, eps)
     last = weight[:, :, -1, :, None] * k  # what each step leaves in the memory at the end of the chunk
+    at_end = None if reset is None else carried[..., -1]
+    C, n = select(at_end, C, jnp.zeros_like(C)), select(at_end, n, jnp.zeros_like(n))
     C = old[..., -1, None, None] * C + jnp.einsum("bhjk,bhjv->bhkv", last, v, preferred_element_type=m.dtype)
     if normalize:
         n = old[..., -1, None] * n + last.sum(axis=2)
