@@ -120,15 +120,15 @@ BAD_CONSTRUCTIONS = {
     "matrix heads": (lambda: cells.MLSTM(3, 6, num_heads=4, rngs=nnx.Rngs(0)), "num_heads=4 must divide features=6"),
     "initialiser": (lambda: cells.LSTM(3, 4, recurrent_init="ortho", rngs=nnx.Rngs(0)), "unknown initialiser 'ortho'"),
     "form": (lambda: cells.LSTM(3, 4, form="fast", rngs=nnx.Rngs(0)), "unknown form of LSTM 'fast'"),
-    "chunk": (lambda: cells.LSTM(3, 4, chunk_size=0, rngs=nnx.Rngs(0)), "chunk_size must be at least 1, not 0"),
+    "chunk": (lambda: cells.LSTM(3, 4, chunk_size=0, rngs=nnx.Rngs(0)), "chunk_size is 0: an integer of at least 1"),
     "matrix form": (lambda: cells.MLSTM(3, 4, form="fused", rngs=nnx.Rngs(0)), "unknown form of MLSTM 'fused'"),
     "width": (lambda: cells.MLSTM(0, 4, rngs=nnx.Rngs(0)), "in_features is 0"),
     "sLSTM's option": (
         lambda: models.LM(5, backbone="xlstm[1:0]", dim=16, num_layers=1, recurrent_init="zeros", rngs=nnx.Rngs(0)),
         "recurrent_init: for sLSTM blocks",
     ),
-    "gate": (lambda: cells.MLSTM(3, 4, input_gate="relu", rngs=nnx.Rngs(0))(XS), "input_gate must be"),
-    "no normaliser": (lambda: cells.MLSTM(3, 4, normalize=False, rngs=nnx.Rngs(0))(XS), "needs input_gate='sigmoid'"),
+    "gate": (lambda: cells.MLSTM(3, 4, input_gate="relu", rngs=nnx.Rngs(0)), "input_gate must be"),
+    "no normaliser": (lambda: cells.MLSTM(3, 4, normalize=False, rngs=nnx.Rngs(0)), "needs input_gate='sigmoid'"),
 }
 
 

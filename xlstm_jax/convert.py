@@ -21,7 +21,6 @@ from .cells.conv import Convolution
 from .cells.lstm import LSTMRule
 from .names import unknown
 
-
 KEEP_EQUATIONS = ("dtype", "param_dtype", "form", "chunk_size", "remat")  # options that change no value, and those that
 KEEP_EQUATIONS += ("input_dropout", "state_dropout", "output_dropout", "weight_drop")  # need a key to do anything
 
@@ -359,8 +358,9 @@ FLAX_BIASES = {"lstm": ("hi", "hf", "hg", "ho"), "gru": ("ir", "iz", "in", "hn")
 
 
 def from_flax(params: Mapping[str, Any], kind: str, **options: Any) -> Cell:
-    """The cell of a flax cell's parameters, or variables {"params": ...}: kind "lstm" (OptimizedLSTMCell, LSTMCell), "gru" or "conv_lstm".
+    """The cell of a flax cell's parameters: kind "lstm" (OptimizedLSTMCell, LSTMCell), "gru" or "conv_lstm".
 
+    params: with or without the outer "params" of linen's variables.
     flax adds 1 to a ConvLSTM's forget pre-activation; here that is part of the bias, which the cell has in any case.
     """
     if kind not in FLAX:

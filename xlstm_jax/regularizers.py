@@ -8,7 +8,7 @@ activation_l2, temporal_l2   AR and TAR (Merity et al. 2017, arXiv:1708.01009, s
 Weight drop (DropConnect on the recurrent matrix, the same reference, section 2) is `dropout` of the matrix itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ def check_key(key: Any) -> None:
         raise ValueError(f"key must be one key, such as jax.random.key(0), not {what}")
 
 
-def split(key: Key[Array, ""] | None, count: int) -> Sequence[Key[Array, ""] | None]:
+def split(key: Any, count: int) -> Key[Array, " N"] | list[None]:
     """As many keys, or as many times None."""
     check_key(key)
     return [None] * count if key is None else jax.random.split(key, count)

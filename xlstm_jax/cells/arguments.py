@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
 
 from ..names import unknown
 from ..regularizers import check_key
@@ -128,7 +127,7 @@ def check_array(name: str, array: Any, lead: str, shape: tuple[int | str, ...], 
         raise ValueError(f"{name} must be {kind.__name__}, not {array.dtype}")
 
 
-def check_flags(xs: Array, mask: Any, reset: Any) -> None:
+def check_flags(xs: Any, mask: Any, reset: Any) -> None:
     """Both are bool (B, T), as xs (B, T, ...) has it."""
     check_flag("mask", mask, xs.shape[:2])
     check_flag("reset", reset, xs.shape[:2])
@@ -155,7 +154,7 @@ def check_state(state: Any, empty: Any) -> None:
             raise ValueError(f"state{name} must be {want.dtype} of the shape {want.shape} for these inputs, not {got}")
 
 
-def check_tokens(tokens: Array, mask: Array | None, vocab_size: int) -> None:
+def check_tokens(tokens: Any, mask: Any, vocab_size: int) -> None:
     """Within the vocabulary where they count; only outside of `jax.jit`, under which there are no values to look at."""
     tokens = tokens if mask is None else jnp.where(mask, tokens, 0)
     if isinstance(tokens, jax.core.Tracer):

@@ -10,6 +10,7 @@ Inputs (B, T, *space, C_in), h and c (B, *space', D). The input's convolution ha
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,7 @@ class ConvCell:
         return self.initial_state(xs.shape[0], xs.shape[2:-1])
 
 
-def per_axis(name: str, value: int | Sequence[int], n: int) -> tuple[int, ...]:
+def per_axis(name: str, value: Any, n: int) -> tuple[int, ...]:
     """One positive integer an axis."""
     values = tuple(value) if np.iterable(value) else (value,) * n
     if len(values) != n or not all(map(is_integer, values)):

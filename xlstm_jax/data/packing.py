@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +102,7 @@ def refuse(ids: Int[np.ndarray, "B T"], wrong: Bool[np.ndarray, "B T"], why: str
         raise ValueError(f"segment_ids: row {row}, position {position + shift}: {ids[row, position]} {why}")
 
 
-def alike(sequences: Iterable[ArrayLike | Sequence]) -> list[np.ndarray]:
+def alike(sequences: Any) -> list[np.ndarray]:
     """The sequences as arrays of one dtype and one shape after the time axis; a bare [] takes those of the others."""
     if not isinstance(sequences, Iterable) or isinstance(sequences, str | bytes):
         raise ValueError(f"sequences is a {type(sequences).__name__}: a list of sequences (T,) or (T, ...) is needed")
@@ -121,7 +121,7 @@ def alike(sequences: Iterable[ArrayLike | Sequence]) -> list[np.ndarray]:
     return arrays
 
 
-def as_array(n: int, sequence: ArrayLike | Sequence) -> np.ndarray:
+def as_array(n: int, sequence: Any) -> np.ndarray:
     """Sequence n, of numbers."""
     try:
         array = np.asarray(sequence)
@@ -132,7 +132,7 @@ def as_array(n: int, sequence: ArrayLike | Sequence) -> np.ndarray:
     return array
 
 
-def check_pad(pad: int | float, dtype: np.dtype) -> None:
+def check_pad(pad: Any, dtype: np.dtype) -> None:
     """A number, which NumPy would not round or wrap."""
     if not isinstance(pad, Real):
         raise ValueError(f"pad={pad!r} is no number")
