@@ -85,7 +85,7 @@ def check_argument(name: str, annotation: Any, value: Any) -> Any:
 
 def is_integer(value: Any, least: int = 1) -> bool:
     """Of Python or numpy, no truth value, and not below `least`."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
 
 
 def check_dtype(name: str, value: Any) -> None:

@@ -145,34 +145,34 @@ def _chunk(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
         F = jnp.cumsum(log_f, axis=-1)
         start = m[..., None]
     else:  # sums that never leave their own sequence, so that nothing before a reset is in them, exactly
+        sound = jnp.isfinite(C).all((2, 3)) & jnp.isfinite(n).all(2) & jnp.isfinite(m)
+        C, n, m = select(sound, state, jax.tree.map(jnp.zeros_like, state))  # 0 times an infinity is no 0
         segment = jnp.cumsum(reset, axis=-1)
         allowed = allowed & (segment[:, None, :, None] == segment[:, None, None, :])
         carried = (segment == 0)[:, None]
         F = jnp.where(allowed, log_f[..., None, :], 0).sum(axis=-1)
         start = jnp.where(carried, m[..., None], 0)
     base = F + start
-
-    def of_carried(a):
-        """a (B, H, L, ...) at the steps that see the carried memory, 0 at the others."""
-        return a if reset is None else select(carried, a, jnp.zeros_like(a))
-
     D = jnp.where(allowed, F[..., :, None] - F[..., None, :] + log_i[..., None, :], -jnp.inf)
     m_all = jnp.maximum(base, D.max(axis=-1)) if stabilise else jnp.broadcast_to(start, base.shape)
-    old = of_carried(jnp.exp(base - m_all))  # weight of the carried memory at each step
-    weight = jnp.where(allowed, jnp.exp(D - m_all[..., None]), 0)
+    old = jnp.exp(base - m_all)  # weight of the carried memory at each step
+    if reset is not None:
+        old = jnp.where(carried, old, 0)
+    weight = jnp.exp(D - m_all[..., None])
     P = jnp.einsum("bhtk,bhjk->bhtj", q, k, preferred_element_type=m.dtype) * weight
-    q_carried = of_carried(q)  # both sides of a product are cut: 0 times a NaN of the memory is no 0, backwards either
-    num = of_carried(old[..., None] * jnp.einsum("bhtk,bhkv->bhtv", q_carried, C))
-    num = num + jnp.einsum("bhtj,bhjv->bhtv", P, v)
-    den = of_carried(old * jnp.einsum("bhtk,bhk->bht", q_carried, n)) + P.sum(axis=-1)
+    num = old[..., None] * jnp.einsum("bhtk,bhkv->bhtv", q, C) + jnp.einsum("bhtj,bhjv->bhtv", P, v)
+    den = old * jnp.einsum("bhtk,bhk->bht", q, n) + P.sum(axis=-1)
     h = _normalised(num, den, m_all, normalize, eps)
     last = weight[:, :, -1, :, None] * k  # what each step leaves in the memory at the end of the chunk
-    at_end = None if reset is None else carried[..., -1]
-    C, n = select(at_end, C, jnp.zeros_like(C)), select(at_end, n, jnp.zeros_like(n))
     C = old[..., -1, None, None] * C + jnp.einsum("bhjk,bhjv->bhkv", last, v, preferred_element_type=m.dtype)
     if normalize:
         n = old[..., -1, None] * n + last.sum(axis=2)
-    return MLSTMState(C, n, m_all[..., -1]), h
+    state = MLSTMState(C, n, m_all[..., -1])
+    if reset is not None:
+        sound = sound[..., None] | ~carried  # a memory that is no number is put back where it is seen
+        h = jnp.where(sound[..., None], h, jnp.nan)
+        state = select(sound[..., -1], state, jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state))
+    return state, h
 
 
 def _chunkwise(inputs, state, chunk_size, options):
