@@ -155,6 +155,6 @@ def _about(section: str):
         yield
     except (TypeError, ValueError, ArithmeticError) as error:
         words = " ".join(str(error).split())
-        if foreign := re.search(r"unexpected keyword argument '(\w+)'", words):
+        if foreign := re.search(r"unknown option of \w+ '(\w+)'", words):
             words = f"{foreign[1]} is no option of this {section}, only of others"
         raise ValueError(f"config.{section}: {words}") from error

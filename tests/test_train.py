@@ -267,7 +267,7 @@ def no_cache(monkeypatch):
         ({"model__dim": "wide"}, r"config.model.dim is 'wide' \(str\): int is needed"),
         ({"model__form": "fuzed"}, "config.model: unknown form of Elman 'fuzed'"),
         ({"model__backbone": "slstm", "model__num_heads": 3}, "num_heads=3 must divide features=8"),
-        ({"model__dtype": "float33"}, "config.model: .*float33"),
+        ({"model__dtype": "float33"}, "config.model: unknown floating dtype 'float33'; nearest: float32"),
         ({"task__num_evall": 8}, "'config.task.num_evall'; nearest: config.task.num_eval"),
         ({"optimizer__learning_rat": 1.0}, "nearest: config.optimizer.learning_rate"),
         ({"optimizer__learning_rate": -1.0}, "config.optimizer: learning_rate is -1.0"),

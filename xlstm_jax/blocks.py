@@ -13,13 +13,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
-from .cells.base import Cell, check_inputs, masked
-from .cells.mlstm import gate
+from .cells.arguments import check_inputs
+from .cells.base import Cell, masked
+from .cells.mlstm import MLSTM, gate
 from .cells.slstm import SLSTM, SLSTMState
 from .initializers import Initializer, initializer, small_init, wang_init
 from .kernels import mlstm as mlstm_kernel
 from .layers import CausalConv, HeadNorm, HeadwiseLinear, round_up
-from .regularizers import check_rates, dropout
+from .regularizers import check_rates, dropout, split
 
 
 class Block(Cell):
@@ -44,6 +45,10 @@ class Block(Cell):
         """Whether the mixer has one."""
         return self.mixer.has_step
 
+    def input_shape(self, xs: Any) -> tuple[int | str, ...]:
+        """The mixer's."""
+        return self.mixer.input_shape(xs)
+
     def initial_state(self, batch_size: int) -> Any:
         """The mixer's."""
         return self.mixer.initial_state(batch_size)
@@ -58,7 +63,7 @@ class Block(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """xs (B, T, D) to outputs (B, T, D), zero where masked, and the mixer's last state."""
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        keys = split(key, 3)
         x = xs if self.norm is None else self.norm(xs)
         y, state = self.mixer(x, state, mask, reset, key=keys[2])
         y = dropout(y, self.dropout, keys[0])
@@ -80,6 +85,8 @@ class MLSTMLayer(Cell):
     y = down((norm(mlstm(q, k, v)) + skip c) SiLU(z))
     """
 
+    forms = MLSTM.forms
+
     def __init__(
         self,
         features: int,
@@ -97,9 +104,10 @@ class MLSTMLayer(Cell):
     ):
         """num_blocks: blocks in the whole model, for the initial scale of `down`."""
         inner = round_up(proj_factor * features)
-        if num_heads < 1 or inner % num_heads:
+        if inner % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide the inner width {inner}")
-        self.features, self.inner, self.num_heads = features, inner, num_heads
+        self.in_features = self.features = features
+        self.inner, self.num_heads = inner, num_heads
         self.form, self.chunk_size, self.param_dtype = form, chunk_size, param_dtype
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.up = nnx.Linear(features, 2 * inner, use_bias=False, kernel_init=small_init(features), **shared)
@@ -129,7 +137,7 @@ class MLSTMLayer(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], MLSTMLayerState]:
         """xs (B, T, D) to outputs (B, T, D) and the last state."""
-        check_inputs(xs, self.features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
+        check_inputs(self, xs, state, mask, reset, key)
         B, T, _ = xs.shape
         memory, window = self.initial_state(B) if state is None else state
         a, z = jnp.split(self.up(xs), 2, axis=-1)
@@ -165,6 +173,8 @@ class SLSTMLayer(Cell):
     `conv_width=0` leaves the convolution out, as in the paper's formal-language runs.
     """
 
+    forms = SLSTM.forms
+
     def __init__(
         self,
         features: int,
@@ -181,6 +191,7 @@ class SLSTMLayer(Cell):
         rngs: nnx.Rngs,
     ):
         """block of num_blocks: the place in the model, for the initial forget bias."""
+        self.in_features = features
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.cell = SLSTM(
             None,
@@ -213,7 +224,7 @@ class SLSTMLayer(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], SLSTMLayerState]:
         """xs (B, T, D) to outputs (B, T, D) and the last state."""
-        check_inputs(xs, self.cell.features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
+        check_inputs(self, xs, state, mask, reset, key)
         cell, window = self.initial_state(xs.shape[0]) if state is None else state
         c = xs
         if self.conv is not None:

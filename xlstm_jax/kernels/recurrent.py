@@ -28,6 +28,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..names import unknown
+
 State = Any  # a NamedTuple of arrays (B, ...) with a field h
 Gates = tuple[Array, ...]  # (B, ..., D) each
 Rule = Callable[..., tuple[State, Array]]
@@ -121,7 +123,7 @@ def recurrent(
     gradient.
     """
     if form not in FORMS:
-        raise ValueError(f"unknown form {form!r} of a recurrent cell; there are {sorted(FORMS)}")
+        raise ValueError(unknown("form of a recurrent cell", form, FORMS))
     if xs.shape[1] == 0:
         raise ValueError("xs has no time step (T = 0); at least one is needed")
     if chunk_size < 1:

@@ -8,9 +8,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ..cells.arguments import check_array, check_flags, check_tokens
 from ..cells.base import Cell, masked
 from ..initializers import small_init
-from ..regularizers import check_rates, dropout
+from ..regularizers import check_rates, dropout, split
 from .backbone import backbone as make_backbone
 
 
@@ -33,9 +34,6 @@ class Tagger(Cell):
         **options,
     ):
         """embedding_dim: if not `dim` (bare cells only); options: of the backbone's cells or mixers."""
-        for what, value in {"dim": dim, "num_layers": num_layers, "embedding_dim": embedding_dim}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{what} is {value}: at least 1 is needed")
         check_rates(dropout=dropout)
         embedding_dim = embedding_dim or dim
         self.vocab_size, self.num_classes, self.dropout = vocab_size, num_classes, dropout
@@ -46,21 +44,25 @@ class Tagger(Cell):
         self.norm = nnx.LayerNorm(dim, epsilon=1e-5, use_bias=False, **shared)
         self.head = nnx.Linear(dim, num_classes, use_bias=False, kernel_init=small_init(dim), **shared)
 
+    def input_shape(self, xs: Any) -> tuple[int | str, ...]:
+        return ()
+
     def initial_state(self, batch_size: int) -> Any:
         """The backbone's."""
         return self.backbone.initial_state(batch_size)
 
     def hidden(self, tokens, state, mask, reset, *, key=None) -> tuple[Float[Array, "B T D"], Any]:
         """What the backbone gives, and the last state."""
-        if tokens.ndim != 2 or tokens.shape[1] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens must be integers (B, T) with T at least 1, not {tokens.dtype} {tokens.shape}")
-        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+        check_array("tokens", tokens, "BT", (), jnp.integer)
+        check_flags(tokens, mask, reset)
+        check_tokens(tokens, mask, self.vocab_size)
+        keys = split(key, 3)
         xs = dropout(self.embedding(tokens), self.dropout, keys[0])
         return self.backbone(xs, state, mask, reset, key=keys[1])
 
     def features(self, ys: Float[Array, "B T D"], *, key=None) -> Float[Array, "B T D"]:
         """What the head reads."""
-        return dropout(self.norm(ys), self.dropout, None if key is None else jax.random.split(key, 3)[2])
+        return dropout(self.norm(ys), self.dropout, split(key, 3)[2])
 
     def answers(self, ys: Float[Array, "B T D"], mask=None, *, key=None) -> Float[Array, "B T C"]:
         """From what the backbone gives to float32 (or wider) logits, zero where masked."""
@@ -89,9 +91,9 @@ class Classifier(Tagger):
     """One answer a sequence, from its last valid step (`pool="last"`) or the mean of its valid steps (`"mean"`)."""
 
     def __init__(self, vocab_size: int, num_classes: int, *, pool: str = "last", **options):
-        super().__init__(vocab_size, num_classes, **options)
         if pool not in ("last", "mean"):
             raise ValueError(f"pool must be 'last' or 'mean', not {pool!r}")
+        super().__init__(vocab_size, num_classes, **options)
         self.pool = pool
 
     def __call__(self, tokens, state=None, mask=None, reset=None, *, key=None):
