@@ -32,8 +32,8 @@ class Cell(nnx.Module, metaclass=CellType):
         return True
 
     def input_shape(self, xs: Any) -> tuple[int | str, ...]:
-        """The shape that xs must have after (B, T); () for tokens."""
-        return (self.in_features,)
+        """The shape that xs must have after (B, T), () for tokens; any, of a cell that does not say its width."""
+        return (self.in_features,) if hasattr(self, "in_features") else jnp.shape(xs)[2:]
 
     def empty_state(self, xs: Array) -> Any:
         """The empty state that fits xs."""
