@@ -1,4 +1,4 @@
-"""Corpora by name, as bytes: `bundled:kjv` ships with the package, `file:PATH` is any file, .xz decompressed."""
+"""Corpora by name, as bytes: `bundled:kjv` ships with the package, `file:PATH` is any file, .xz decompressed, .txt in UTF-8."""
 
 import hashlib
 import lzma
@@ -55,7 +55,19 @@ def read(path: Path) -> UInt8[np.ndarray, " N"]:
             raise ValueError(f"corpus file {path} is truncated or no xz file: {error}") from None
     if not content:
         raise ValueError(f"corpus file {path} is empty")
+    if path.name.removesuffix(".xz").endswith(
+        ".txt"
+    ):  # the name promises text; a file of any other name is bytes as they come
+        utf8(content, f"corpus file {path}")
     return np.frombuffer(content, np.uint8)
+
+
+def utf8(content: bytes, what: str) -> str:
+    """The text of UTF-8 bytes; ValueError with the offset of the first byte that is none."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is no UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}") from None
 
 
 def bounds(size: int, split: str) -> tuple[int, int]:
