@@ -1,4 +1,4 @@
-"""Corpora by name, as bytes: `bundled:kjv` ships with the package, `file:PATH` is any file, .xz decompressed, .txt in UTF-8."""
+"""Corpora by name, as bytes: `bundled:kjv` ships with the package, `file:PATH` is any file, .xz decompressed."""
 
 import hashlib
 import lzma

@@ -138,7 +138,7 @@ def stretches(name: str, path: Path, whole, parts: dict[str, tuple[int, int]], d
 
 
 def shares(splits: dict[str, Sequence], name: str) -> dict[str, Sequence]:
-    """All three splits: without valid the last twentieth of train, without test that before it too, else test is valid."""
+    """All three splits, by the rule of `lookup`: what is not there is held out of train, and test may be valid."""
     if "train" not in splits:
         raise ValueError(f"{name} has no split called train, but {', '.join(splits) or 'none'}")
     train = splits["train"]

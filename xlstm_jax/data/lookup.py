@@ -5,13 +5,13 @@
 
     bundled:NAME    in the package
     local:NAME      a known file of the data folder, compared with its recorded SHA-256
-    file:PATH[#FIELD]    .jsonl (a document a line, its text in FIELD), .npy (token ids), .mat (piano rolls); a folder with
-                    train.*, valid.* and test.*; a folder that tensorflow-datasets prepared; any other file is text
+    file:PATH[#FIELD]    .jsonl (a document a line, its text in FIELD), .npy (token ids), .mat (piano rolls), folder of
+                    train.*, valid.* and test.*, a folder that tensorflow-datasets prepared; any other file is text
     tfds:NAME[/CONFIG][:VERSION][#FEATURE]    prepared in the data folder as ArrayRecord; read without TensorFlow
 
-The data folder is `data_dir`, else $XLSTM_JAX_DATA, else ~/.cache/xlstm_jax/data. FIELD is "text" unless given. One running
-text is split 90/5/5 per cent by position; of documents without a valid split, the last twentieth of train is valid, and
-of those without a test split the twentieth after it is test; a set with valid alone is tested on valid.
+The data folder is `data_dir`, else $XLSTM_JAX_DATA, else ~/.cache/xlstm_jax/data. FIELD is "text" unless given. Running
+text is split 90/5/5 per cent by position. Documents without a valid split hold out the last twentieth of train for it;
+without a test split either, a twentieth each for valid and test. With valid alone, test is valid.
 Only `download=True` uses the network, only for what is not there, and for at most `time_limit` seconds.
 """
 

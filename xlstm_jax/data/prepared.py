@@ -84,10 +84,11 @@ def not_prepared(name: str, folder: Path) -> str:
         near = unknown("name", base, known).partition("; valid")[0]
         if find_spec("tensorflow"):
             return f"tfds:{name} is neither prepared in {folder} nor known to tensorflow-datasets: {near}"
-        needs += f"; {near} among the sets listed without TensorFlow; wiki40b, c4 and others need pip install 'xlstm_jax[tf]'"
+        needs += f"; {near}; listed with TensorFlow alone are wiki40b, c4 and others: pip install 'xlstm_jax[tf]'"
     return (
-        f"tfds:{name} is not prepared: looked for {folder}/{name}/*/dataset_info.json; to get it: python -m experiments.data"
-        f" prepare tfds:{name} --download --data_dir={folder} ({needs}); offline instead: file:PATH or bundled:kjv"
+        f"tfds:{name} is not prepared: looked for {folder}/{name}/*/dataset_info.json; to get it: python -m"
+        f" experiments.data prepare tfds:{name} --download --data_dir={folder} ({needs});"
+        " offline instead: file:PATH or bundled:kjv"
     )
 
 

@@ -19,6 +19,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ class Tokenizer:
         """What a saved tokeniser is made of again, by `cls.restore(content, has_end)`."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """SHA-256 of all that decides the ids."""
         return hashlib.sha256(f"{self.kind} {self.end} ".encode() + self.content()).hexdigest()

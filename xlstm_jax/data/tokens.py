@@ -3,8 +3,8 @@
     files = tokenise(corpus, tokenizer)             # train.npy, valid.npy, test.npy and tokens.json
     files["train"].tokens                           # (N,) uint8, uint16 or uint32, not read until it is indexed
 
-Running text is its tokens. Documents stand between end tokens: end d1 end d2 end. An input `end` begins a document, whose
-first token is its target, and every document's end is a target too: all is predicted once, nothing across documents.
+Running text is its tokens. Documents stand between end tokens: end d1 end d2 end. An input `end` begins a document: its
+target is the document's first token. Every document's end is a target too; nothing is predicted across documents.
 The folder is named by the hashes of corpus and tokeniser and appears whole or not at all.
 """
 

@@ -4,10 +4,10 @@
     source[1000]                                    # the rows of this process of batch 1000
     for batch in iterate(source, step=1000): ...    # the same batches, read ahead by grain; resumes at any step
 
-`Windows` are drawn without a carried state, `Streams` continue row by row (truncated back-propagation through time) and
-`PackedDocuments` fills rows with whole documents. A batch has `batch_size` rows over all processes; process p of P holds
+`Windows` are drawn without a carried state, `Streams` continue row by row (truncated back-propagation through time),
+`PackedDocuments` fills rows with whole documents. A batch has `batch_size` rows over all processes; process p of P has
 rows p * batch_size / P and on, so the batch is the same for any P. The state of a run is one integer, its step.
-A pass over the windows or rows is a permutation of them, computed index by index (grain's index shuffle) from (seed, pass).
+A pass over windows or rows is a permutation of them, computed index by index (grain's index shuffle) from (seed, pass).
 """
 
 from collections.abc import Iterator
@@ -39,6 +39,8 @@ class Rows(NamedTuple):
 class Source:
     """Which rows a process holds; `rows(numbers)` makes them, numbered through all batches from 0."""
 
+    pads = False  # whether a file shorter than a window will do
+
     def __init__(self, file: TokenFile, seq_len: int, batch_size: int, seed: int = 0, shard: tuple[int, int] = (0, 1)):
         index, count = shard
         if seq_len < 1 or batch_size < 1:
@@ -49,7 +51,7 @@ class Source:
             raise ValueError(f"batch_size {batch_size} cannot be shared by {count} processes: take a multiple")
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed must be in 0 .. {2**31 - 1}, not {seed}")
-        if len(file) <= seq_len:
+        if len(file) <= seq_len and not self.pads:
             raise ValueError(f"{file.path} has {len(file)} tokens: one window of seq_len={seq_len} needs {seq_len + 1}")
         self.file, self.seq_len, self.batch_size, self.seed, self.shard = file, seq_len, batch_size, seed, shard
 
@@ -122,8 +124,8 @@ class Windows(Permuted):
 class Streams(Source):
     """Row r reads the file in order from start + r * (N - 1) // batch_size, around its end, seq_len tokens a step.
 
-    A new pass begins after (N - 1) // seq_len steps from a new start, drawn by (seed, pass). `reset` marks a pass's first
-    step, the file's first token wherever it comes, and each document's beginning; else the state is carried on.
+    A new pass begins after (N - 1) // seq_len steps from a new start, drawn by (seed, pass). `reset` marks a pass's
+    first step, the file's first token wherever it comes, and each document's beginning; else the state is carried on.
     """
 
     def rows(self, step, rows):
@@ -141,6 +143,8 @@ class PackedDocuments(Permuted):
     is cut into pieces, each of which begins anew.
     """
 
+    pads = True
+
     def __init__(
         self,
         file: TokenFile,
@@ -154,8 +158,7 @@ class PackedDocuments(Permuted):
             raise ValueError(unknown("packing algorithm", algorithm, ALGORITHMS))
         if file.end is None:
             raise ValueError(f"{file.path} is running text: only documents can be packed, take Windows or Streams")
-        Source.__init__(self, _AtLeast(file, seq_len), seq_len, batch_size, seed, shard)
-        self.file = file
+        super().__init__(file, seq_len, batch_size, seed, shard)
         (ends,) = np.nonzero(file.tokens == file.end)
         pieces = -(-np.diff(ends) // seq_len)  # of each document
         first = np.cumsum(pieces) - pieces
@@ -186,8 +189,8 @@ class PackedDocuments(Permuted):
 def iterate(source: Source, *, step: int = 0, threads: int = 2, buffer: int = 4, workers: int = 0) -> Iterator[Rows]:
     """grain's iterator over source[step], source[step + 1], ..., read ahead by threads, or by worker processes.
 
-    The order is the same whatever the number of either, so the step is all there is to save; grain's own state counts from
-    `step`. Workers start slowly, and their script needs an importable main.
+    The order is the same whatever the number of either, so the step is all there is to save (grain's own state counts
+    from `step`). Workers start slowly, and their script needs an importable main.
     """
     import grain
 
