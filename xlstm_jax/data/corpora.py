@@ -55,10 +55,6 @@ def read(path: Path) -> UInt8[np.ndarray, " N"]:
             raise ValueError(f"corpus file {path} is truncated or no xz file: {error}") from None
     if not content:
         raise ValueError(f"corpus file {path} is empty")
-    if path.name.removesuffix(".xz").endswith(
-        ".txt"
-    ):  # the name promises text; a file of any other name is bytes as they come
-        utf8(content, f"corpus file {path}")
     return np.frombuffer(content, np.uint8)
 
 

@@ -84,6 +84,8 @@ def read(path: Path, field: str = "") -> tuple[Sequence, bool, str]:
     if path.suffix == ".npy":
         return [token_array(path)], True, file_hash(path)
     data = corpora.read(path)
+    if path.name.removesuffix(".xz").endswith(".txt"):  # promises text; other names may hold any bytes
+        corpora.utf8(data.tobytes(), f"corpus file {path}")
     return [data.tobytes()], True, corpora.content_hash(data)
 
 

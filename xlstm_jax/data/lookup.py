@@ -63,7 +63,7 @@ def data_folder(data_dir: str | os.PathLike | None = None) -> Path:
 
 
 def load(
-    name: str, data_dir: str | os.PathLike | None = None, *, download: bool = False, time_limit: float = 600.0
+    name: str, data_dir: str | os.PathLike | None = None, *, download: bool = False, time_limit: int | float = 600
 ) -> Corpus:
     """The corpus of that name; `DataNotFound` where it is not on this machine and `download` does not bring it."""
     kind, _, rest = name.partition(":")
@@ -139,7 +139,7 @@ def _one_file(name: str, path: Path, field: str, parts: dict[str, tuple[int, int
 READERS = {"bundled": _bundled, "local": _local, "file": _file, "tfds": prepared.load}
 
 
-def _download(name: str, folder: Path, time_limit: float) -> None:
+def _download(name: str, folder: Path, time_limit: int | float) -> None:
     """The known file into the data folder, whole and with the recorded hash, or not at all."""
     known, end, content = LOCAL[name], time.monotonic() + time_limit, b""
     try:

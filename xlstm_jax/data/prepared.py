@@ -56,7 +56,9 @@ def read(name: str, path: Path, feature: str = "", folder: Path | None = None) -
     texts = [key for key, kind in builder.info.features.items() if isinstance(kind, tfds.features.Text)]
     feature = feature or (texts[0] if len(texts) == 1 else "text")
     if feature not in texts:
-        raise ValueError(f"{unknown(f'text feature of {name}', feature, texts or ['none'])}; write tfds:NAME#FEATURE")
+        raise ValueError(
+            f"{unknown(f'text feature of {path.parent.name}', feature, texts or ['none'])}; write tfds:NAME#FEATURE"
+        )
 
     def text(example) -> bytes:
         value = example[feature]
@@ -92,7 +94,7 @@ def not_prepared(name: str, folder: Path) -> str:
     )
 
 
-def prepare(name: str, folder: Path, time_limit: float) -> None:
+def prepare(name: str, folder: Path, time_limit: int | float) -> None:
     """Download and prepare as ArrayRecord, in a process of its own: without a network it would not come back."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", PREPARE, name, str(folder)]
