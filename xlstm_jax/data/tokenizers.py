@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import ArrayLike, Int32
 
 from ..names import unknown
 from .corpora import utf8
@@ -43,7 +43,7 @@ class Tokenizer:
         """Token ids of a text, given as such or as its UTF-8 bytes."""
         raise NotImplementedError
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence | ArrayLike) -> str:
         """The text of token ids; ends are left out, bytes that are no UTF-8 become the replacement sign."""
         raise NotImplementedError
 
@@ -295,7 +295,7 @@ def _text(text: str | bytes) -> str:
     return text if isinstance(text, str) else utf8(text, "the text")
 
 
-def _inside(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+def _inside(ids: Sequence | ArrayLike, vocab_size: int) -> np.ndarray:
     ids = np.asarray(ids, np.int64).reshape(-1)
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if wrong.size:
