@@ -26,6 +26,7 @@ from experiments.build import (
     resolve,
 )
 from xlstm_jax import metrics, tasks, train
+from xlstm_jax.data import tokenizers
 from xlstm_jax.evaluate import split_task
 
 
@@ -50,6 +51,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True) -
         metrics.write_json(workdir / "config.json", record | {"parameters": parameters})
     params = jax.jit(lambda seed: nnx.split(build_model(plain, task, seed))[1])(plain["seed"])
     names = (*COUNTS, *INTERVALS)
+    if hasattr(task, "coder"):
+        tokenizers.save(task.coder, workdir / "tokenizer")
     return train.fit(
         nnx.merge(graphdef, params),
         task,

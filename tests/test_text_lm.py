@@ -6,12 +6,15 @@ import math
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from experiments import data as script
+from experiments import generate as generate_script
+from experiments import train as train_script
 from experiments.build import build_task, resolve
 from tests.configs import tiny
 from xlstm_jax import tasks
-from xlstm_jax.data import lookup
+from xlstm_jax.data import lookup, tokenizers
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +127,21 @@ def test_bad_options_end_in_one_line(text, options, message):
 def test_documents_need_an_end(documents):
     with pytest.raises(ValueError, match="consists of documents, but tokenizer 'bytes' has no token to end one"):
         tasks.make("text_lm", corpus=documents, seq_len=4)
+
+
+def test_a_run_keeps_its_tokenizer_and_generates_with_it(text, tmp_path, capsys, monkeypatch):
+    for module in (train_script, generate_script):
+        monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(train_script.train, "evaluate_params", lambda *_: {"loss": 0.0})
+    plain = tiny.get_config("lm").to_dict() | {"steps": 2}
+    plain["task"] = {"name": "text_lm", "corpus": text, "seq_len": 8, "tokenizer": "characters"}
+    train_script.run(ConfigDict(plain), tmp_path / "run", progress=False)
+    alphabet = tokenizers.load(tmp_path / "run/tokenizer").alphabet
+    assert generate_script.main([f"--workdir={tmp_path / 'run'}", f"--prompt={alphabet[:3]}", "--length=12"]) == 0
+    answer = capsys.readouterr().out.rstrip("\n")
+    assert len(answer) == 15 and set(answer) <= set(alphabet)
+    assert generate_script.main([f"--workdir={tmp_path / 'run'}", "--prompt=Q"]) == 2
+    assert "character 'Q' at position 0 is not in the training text" in capsys.readouterr().err
 
 
 # experiments.data

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import uuid
 from functools import cached_property
 from pathlib import Path
 
@@ -77,8 +78,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | os.PathLike 
         )
     folder = cache_folder(cache_dir) / _key(corpus, tokenizer.hash)
     if not (folder / "tokens.json").exists():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")  # one folder may serve several machines
         temporary.mkdir(parents=True)
         try:
             _write_all(temporary, corpus, tokenizer)

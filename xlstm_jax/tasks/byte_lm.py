@@ -47,13 +47,17 @@ class ByteLM:
     def __post_init__(self):
         if self.seq_len < 1:
             raise ValueError(f"{self.name}: seq_len must be at least 1, not {self.seq_len}")
+        for name, value in self._read().items():
+            object.__setattr__(self, name, value)
+
+    def _read(self):
+        """The fields that the corpus decides."""
         data = corpora.load(self.corpus)
         start, stop = corpora.bounds(data.size, "train")
         if data.size > LARGEST or stop - start <= self.seq_len or corpora.part(data, "valid").size == 0:
             least = max(math.ceil((self.seq_len + 1) / 0.9), 20)
             raise ValueError(f"{self.name}: {self.corpus} has {data.size} bytes: need {least} (seq_len) to {LARGEST}")
-        object.__setattr__(self, "data", jnp.asarray(data))
-        object.__setattr__(self, "data_hash", corpora.content_hash(data))
+        return {"data": jnp.asarray(data), "data_hash": corpora.content_hash(data)}
 
     def batch(self, split: str, seed: Int[ArrayLike, ""], step: Int[ArrayLike, ""], batch_size: int) -> Batch:
         """Batch number `step`; in evaluation, steps 0 .. num_batches - 1."""

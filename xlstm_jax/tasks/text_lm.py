@@ -35,9 +35,7 @@ class TextLM(ByteLM):
 
     name: ClassVar[str] = "text_lm"
 
-    def __post_init__(self):
-        if self.seq_len < 1:
-            raise ValueError(f"{self.name}: seq_len must be at least 1, not {self.seq_len}")
+    def _read(self):
         corpus = lookup.load(self.corpus, self.data_dir or None)
         coder = tokens.tokenizer_for(corpus, self.tokenizer)
         files = tokens.tokenise(corpus, coder)
@@ -55,7 +53,7 @@ class TextLM(ByteLM):
             )
         inner = 0 if corpus.whole else 1  # a document split begins with an end that is no target
         spans = [(starts[files[s].path] + inner, starts[files[s].path] + len(files[s])) for s in SPLITS]
-        values = {
+        return {
             "data": jnp.asarray(np.concatenate(parts)),
             "data_hash": corpus.hash,
             "vocab_size": coder.vocab_size,
@@ -64,8 +62,6 @@ class TextLM(ByteLM):
             "spans": ((0, spans[0][1]), *spans[1:]),
             "num_bytes": tuple(files[split].num_bytes for split in SPLITS),
         }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
     @property
     def num_classes(self) -> int:
