@@ -79,6 +79,17 @@ def test_an_end_written_in_a_text_is_text(make):
     assert len(make("json").encode(TEXT)) > 5 and make("json").end == 0  # the file's truncation is not ours
 
 
+def test_a_long_text_is_encoded_in_chunks_with_the_same_ids(make, monkeypatch):
+    rng = np.random.default_rng(0)
+    text = "".join(rng.choice(["the ", "cat", " ", "\n", "sat.", "\n\n", "é", "\t", "\x1f", "s'", "\u2003"], size=2000))
+    for name in ("bpe:300", "json"):
+        whole = make(name).encode(text)
+        for size in (1, 7, 50):
+            monkeypatch.setattr(tokenizers, "CHUNK", size)
+            assert len(list(tokenizers._chunks(text))) > 10
+            np.testing.assert_array_equal(make(name).encode(text), whole)
+
+
 def test_bpe_is_the_same_each_time_and_knows_its_training_text_only(make, tmp_path):
     pytest.importorskip("tokenizers")
     assert tokenizers.train_bpe([TEXT.encode()], 300) == make("bpe:300") != tokenizers.train_bpe([TEXT.encode()], 265)

@@ -87,6 +87,8 @@ def test_every_window_once_a_pass_in_a_new_order(running):
     for starts in (first, second):
         assert (np.diff(np.sort(starts)) == 7).all() and 0 <= starts.min() <= 5
     assert (first != second).any() and (windows.Windows(running, 7, 4, seed=4)[0].inputs != source[0].inputs).any()
+    other = np.concatenate([windows.Windows(running, 7, 4, seed=4)[step].inputs[:, 0] for step in range(36)])[:142]
+    assert (other - other.min() != second - second.min()).any()  # the next seed is not the next pass
     np.testing.assert_array_equal(source[9].targets, source[9].inputs + 1)
     assert source[0].inputs.dtype == source[0].targets.dtype == np.int32 and source[0].reset is None
 

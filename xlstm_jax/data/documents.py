@@ -24,7 +24,7 @@ class Corpus(NamedTuple):
     source: str  # file or folder
     splits: dict[str, Sequence]  # "train", "valid", "test" -> bytes of text, token ids (T,) or feature rows (T, D)
     whole: bool  # each split is one stretch of a running text, not documents
-    hash: str  # SHA-256 of the content
+    hash: str  # SHA-256 of the content (a prepared set: `prepared.folder_hash`)
     layout: str  # what else decides the documents: field and shares
 
 

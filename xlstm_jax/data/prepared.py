@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..names import unknown
-from .documents import ALIASES, Corpus, DataNotFound, Documents, file_hash, shares
+from .documents import ALIASES, Corpus, DataNotFound, Documents, shares
 
 PREPARE = """import sys, tensorflow_datasets as tfds
 name, data_dir = sys.argv[1:]
@@ -71,9 +71,21 @@ def read(name: str, path: Path, feature: str = "", folder: Path | None = None) -
                 source = builder.as_data_source(alias)
                 splits[split] = Documents(source, text, 0, len(source))
                 break
-    lines = [f"{file.name} {file_hash(file)}\n" for file in sorted(path.iterdir()) if file.is_file()]
-    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
-    return Corpus(name, str(path), shares(splits, name), False, digest, f"feature {feature}")
+    return Corpus(name, str(path), shares(splits, name), False, folder_hash(path), f"feature {feature}")
+
+
+def folder_hash(path: Path) -> str:
+    """SHA-256 of name, size and the first and last MiB of each file: a prepared set may have hundreds of GB."""
+    digest, edge = hashlib.sha256(), 1 << 20
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with open(file, "rb") as opened:
+                digest.update(opened.read(edge))
+                opened.seek(max(size - edge, 0))
+                digest.update(opened.read(edge))
+    return digest.hexdigest()
 
 
 def not_prepared(name: str, folder: Path) -> str:

@@ -18,7 +18,8 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from jaxtyping import ArrayLike, Int32
 from ..names import unknown
 from .corpora import utf8
 
+CHUNK = 1 << 20  # characters that are encoded at once, where that changes nothing
+CUT = re.compile(r"(?<=\S)\n(?=\S)")  # byte-level tokenisers never join across such a line end
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # names of the end token in published vocabularies
 
 
@@ -139,9 +142,15 @@ class TokenizerJSON(Tokenizer):
         self._inner.no_padding()
         self.name, self.vocab_size = name, max(self._inner.get_vocab().values(), default=-1) + 1
         self.end = next((id for id in map(self._inner.token_to_id, ENDS) if id is not None), None)
+        spec = json.loads(self._inner.to_str())
+        before = spec["pre_tokenizer"] or {}
+        plain = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before["add_prefix_space"]
+        self._in_chunks = plain and spec["normalizer"] is None
 
     def encode(self, text):
-        return np.array(self._inner.encode(_text(text), add_special_tokens=False).ids, np.int32)
+        pieces = _chunks(_text(text)) if self._in_chunks else [_text(text)]
+        ids = [np.array(self._inner.encode(piece, add_special_tokens=False).ids, np.int32) for piece in pieces]
+        return np.concatenate(ids)
 
     def decode(self, ids):
         ids = _inside(ids, self.vocab_size)
@@ -289,6 +298,15 @@ def load(folder: str | os.PathLike) -> Tokenizer:
     if tokenizer.hash != about["hash"]:
         raise ValueError(f"{folder} is damaged: its tokenizer {about['name']!r} does not have the recorded hash")
     return tokenizer
+
+
+def _chunks(text: str) -> Iterator[str]:
+    """Pieces of CHUNK characters and the rest of the line: a whole book at once would take a hundred times its size."""
+    start = 0
+    while (cut := CUT.search(text, start + CHUNK)) is not None:
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
 
 
 def _text(text: str | bytes) -> str:

@@ -95,7 +95,8 @@ class Permuted(Source):
     def _order(self):
         import grain
 
-        return grain.MapDataset.range(self.per_pass).shuffle(seed=self.seed)
+        seed = np.random.SeedSequence(self.seed).generate_state(1)[0]  # grain adds the pass: seeds must lie apart
+        return grain.MapDataset.range(self.per_pass).shuffle(seed=int(seed))
 
     def items(self, step: int, rows: Int[np.ndarray, " R"]) -> tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
         """(pass, item) of the rows of a batch."""
