@@ -25,6 +25,7 @@ from experiments.build import (
     resolve,
 )
 from xlstm_jax import metrics, train
+from xlstm_jax.data import tokenizers
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True) -> dict[str, Any]:
@@ -44,6 +45,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True) -
     record = {"id": workdir.name, "config": plain} | environment | {"data_hash": data_hash}
     params = jax.jit(lambda seed: nnx.split(build_model(plain, task, seed))[1])(plain["seed"])
     names = (*COUNTS, *INTERVALS)
+    if hasattr(task, "coder"):
+        tokenizers.save(task.coder, workdir / "tokenizer")
     return train.fit(
         nnx.merge(graphdef, params),
         task,

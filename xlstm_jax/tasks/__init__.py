@@ -10,6 +10,7 @@ from xlstm_jax.tasks.even_pairs import EvenPairs
 from xlstm_jax.tasks.modular_arithmetic import ModularArithmetic
 from xlstm_jax.tasks.parity import Parity
 from xlstm_jax.tasks.task import SPLITS, Batch, check
+from xlstm_jax.tasks.text_lm import TextLM
 
 __all__ = ["SPLITS", "TASKS", "Batch", "check", "make"]
 
@@ -19,6 +20,7 @@ TASKS = {
     "cycle_navigation": CycleNavigation,
     "modular_arithmetic": ModularArithmetic,
     "byte_lm": ByteLM,
+    "text_lm": TextLM,
 }
 
 
