@@ -1,14 +1,15 @@
-"""The reference numbers in tests/golden (README.md there), and how numbers are compared with them."""
+"""The reference numbers in tests/golden (README.md there), or in the folder GOLDEN, and how they are compared with."""
 
 import functools
 import json
+import os
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(os.environ.get("GOLDEN", pathlib.Path(__file__).parent / "golden"))
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())}
 
 # Nearly all of the time here is compilation, and these programs run once or twice.

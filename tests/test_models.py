@@ -35,6 +35,12 @@ def test_repeating_blocks_are_stored_stacked():
     assert params["backbone"]["layers"][1]["mixer"]["cell"]["R"].shape == (3, 4, 4, 4, 4)
 
 
+def test_runs_of_equal_blocks_are_stored_stacked():
+    layers = build(backbone="xlstm", dim=16, num_layers=6, slstm_at=(2,), slstm_num_heads=2).backbone.layers
+    assert [getattr(layer, "repeats", None) for layer in layers] == [2, None, 3]
+    assert layers[2].layers[0].mixer.skip.shape == (3, 64)
+
+
 def test_blocks_differ_by_their_place():
     bias = build(backbone="xlstm[0:1]", dim=32, num_layers=4).backbone.layers[0].mixer.cell.b[:, 1]
     assert len(np.unique(np.asarray(bias)[:, 1])) == 4  # the exponent of the forget bias grows with depth
@@ -64,6 +70,28 @@ BAD = {
     "heads": (lambda: build(backbone="xlstm[0:1]", num_heads=3), "num_heads=3 must divide features=8"),
     "attention heads": (lambda: build(backbone="transformer", num_heads=8), "heads of even width"),
     "embedding": (lambda: build(backbone="transformer", embedding_dim=4), "only bare cells take others"),
+    "places": (lambda: build(backbone="xlstm", slstm_at=(2,)), r"slstm_at=\(2,\) must be different places from 0 to 1"),
+    "places twice": (lambda: build(backbone="xlstm", slstm_at=(1, 1)), "must be different places"),
+    "places of a ratio": (lambda: build(backbone="xlstm[1:1]", slstm_at=(0,)), "slstm_at is for backbone='xlstm'"),
+    "option of other blocks": (
+        lambda: build(backbone="xlstm[1:0]", slstm_conv_width=0),
+        r"slstm_conv_width: for sLSTM blocks, of which xlstm\[1:0\] has none",
+    ),
+    "blocks of q, k, v": (
+        lambda: build(backbone="xlstm[1:0]", qkv_block=3),
+        "qkv_block=3 must divide the inner width 64",
+    ),
+    "activation": (lambda: build(backbone="xlstm[0:1]", ffn_activation="gelo"), "unknown activation 'gelo'.*gelu"),
+    "large heads": (
+        lambda: build(backbone="xlstm_large", num_heads=3),
+        r"num_heads=3 must divide 4 \(q, k\) and 8 \(v\)",
+    ),
+    "large form": (lambda: build(backbone="xlstm_large", form="scan"), "unknown form of MLSTMLargeLayer 'scan'"),
+    "final norm": (lambda: build(final_norm="rsm"), "unknown final_norm 'rsm'; nearest: rms"),
+    "tied": (
+        lambda: models.LM(5, backbone="lstm", dim=8, num_layers=1, embedding_dim=4, tie_weights=True, rngs=nnx.Rngs(0)),
+        "tie_weights=True needs embedding_dim=4 to be dim=8",
+    ),
     "pool": (lambda: build(models.Classifier, pool="max"), "pool must be 'last' or 'mean'"),
     "no time": (lambda: build()(jnp.zeros((2, 0), int)), "tokens has no time step"),
     "one axis": (
@@ -79,3 +107,13 @@ def test_bad_input_says_what_is_wrong(case):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("backbone", ["xlstm[3:1]", "xlstm_large", "transformer"])
+def test_language_models_start_at_the_uniform_loss(backbone, tied):
+    model = models.LM(256, backbone=backbone, dim=128, num_layers=4, tie_weights=tied, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (4, 64), 0, 256)
+    log_p = jax.nn.log_softmax(model(tokens)[0][:, :-1])
+    loss = -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1).mean()
+    assert abs(float(loss) / np.log(256) - 1) < 0.02

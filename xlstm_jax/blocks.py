@@ -19,7 +19,7 @@ from .cells.mlstm import MLSTM, gate
 from .cells.slstm import SLSTM, SLSTMState
 from .initializers import Initializer, initializer, small_init, wang_init
 from .kernels import mlstm as mlstm_kernel
-from .layers import CausalConv, HeadNorm, HeadwiseLinear, round_up
+from .layers import CausalConv, HeadwiseLinear, Norm, round_up
 from .regularizers import check_rates, dropout, split
 
 
@@ -75,7 +75,7 @@ class Block(Cell):
 
 class MLSTMLayerState(NamedTuple):
     memory: mlstm_kernel.MLSTMState
-    window: Float[Array, "B W D"]
+    window: Float[Array, "B W D"] | None
 
 
 class MLSTMLayer(Cell):
@@ -83,6 +83,8 @@ class MLSTMLayer(Cell):
 
     [a, z] = up(x);   c = SiLU(conv(a));   q, k of c, v of a by blocks of 4;   gates of [q, k, v]
     y = down((norm(mlstm(q, k, v)) + skip c) SiLU(z))
+
+    `conv_width=0` leaves the convolution out: c = SiLU(a).
     """
 
     forms = MLSTM.forms
@@ -92,9 +94,11 @@ class MLSTMLayer(Cell):
         features: int,
         *,
         num_heads: int = 4,
-        proj_factor: float = 2.0,
+        proj_factor: float | int = 2.0,
+        inner_width: int | None = None,
         conv_width: int = 4,
         qkv_block: int = 4,
+        use_bias: bool = False,
         num_blocks: int = 1,
         form: str = "chunkwise",
         chunk_size: int = 64,
@@ -102,30 +106,34 @@ class MLSTMLayer(Cell):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """num_blocks: blocks in the whole model, for the initial scale of `down`."""
-        inner = round_up(proj_factor * features)
-        if inner % num_heads:
-            raise ValueError(f"num_heads={num_heads} must divide the inner width {inner}")
+        """inner_width: of a, z, q, k and v, if not proj_factor D rounded up to 64; use_bias: in up, q, k, v and down.
+
+        num_blocks: in the whole model, for the initial scale of `down`.
+        """
+        inner = round_up(proj_factor * features) if inner_width is None else inner_width
+        for name, width in (("num_heads", num_heads), ("qkv_block", qkv_block)):
+            if inner % width:
+                raise ValueError(f"{name}={width} must divide the inner width {inner}")
         self.in_features = self.features = features
         self.inner, self.num_heads = inner, num_heads
         self.form, self.chunk_size, self.param_dtype = form, chunk_size, param_dtype
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.up = nnx.Linear(features, 2 * inner, use_bias=False, kernel_init=small_init(features), **shared)
-        self.conv = CausalConv(inner, conv_width, **shared)
-        self.q, self.k, self.v = (
-            HeadwiseLinear(inner, inner // qkv_block, kernel_init=small_init(features), **shared) for _ in "qkv"
-        )
+        small = dict(use_bias=use_bias, kernel_init=small_init(features), **shared)
+        self.up = nnx.Linear(features, 2 * inner, **small)
+        self.conv = CausalConv(inner, conv_width, **shared) if conv_width else None
+        self.q, self.k, self.v = (HeadwiseLinear(inner, inner // qkv_block, **small) for _ in "qkv")
         self.i = gate(3 * inner, num_heads, initializer("normal(0.1)"), param_dtype, rngs)
         self.f = gate(3 * inner, num_heads, initializer("linspace(3, 6)"), param_dtype, rngs)
-        self.norm = HeadNorm(inner, num_heads, param_dtype=param_dtype)
+        self.norm = Norm(inner, num_heads, residual=True, param_dtype=param_dtype)
         self.skip = nnx.Param(jnp.ones(inner, param_dtype))
-        self.down = nnx.Linear(inner, features, use_bias=False, kernel_init=wang_init(features, num_blocks), **shared)
+        wang = wang_init(features, num_blocks)
+        self.down = nnx.Linear(inner, features, use_bias=use_bias, kernel_init=wang, **shared)
 
     def initial_state(self, batch_size: int) -> MLSTMLayerState:
         """Empty memory and convolution window."""
         H, E = self.num_heads, self.inner // self.num_heads
         memory = mlstm_kernel.initial_state(batch_size, H, E, E, self.state_dtype)
-        return MLSTMLayerState(memory, self.conv.initial_state(batch_size))
+        return MLSTMLayerState(memory, None if self.conv is None else self.conv.initial_state(batch_size))
 
     def __call__(
         self,
@@ -141,7 +149,9 @@ class MLSTMLayer(Cell):
         B, T, _ = xs.shape
         memory, window = self.initial_state(B) if state is None else state
         a, z = jnp.split(self.up(xs), 2, axis=-1)
-        c, window = self.conv(a, window, mask, reset)
+        c = a
+        if self.conv is not None:
+            c, window = self.conv(a, window, mask, reset)
         c = jax.nn.silu(c)
         qkv = self.q(c), self.k(c), self.v(a)
         gates = jnp.concatenate(qkv, axis=-1)
@@ -207,7 +217,7 @@ class SLSTMLayer(Cell):
         self.i, self.f, self.z, self.o = (
             HeadwiseLinear(features, num_heads, kernel_init=small_init(features), **shared) for _ in "ifzo"
         )
-        self.norm = HeadNorm(features, num_heads, param_dtype=param_dtype)
+        self.norm = Norm(features, num_heads, residual=True, param_dtype=param_dtype)
 
     def initial_state(self, batch_size: int) -> SLSTMLayerState:
         """Empty cell and convolution window."""

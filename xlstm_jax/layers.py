@@ -1,6 +1,7 @@
 """Layers that blocks are made of: head-wise norm and projection, causal convolution, gated feed-forward."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,39 +9,67 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from .initializers import small_init, wang_init
+from .names import unknown
 
 
-class HeadNorm(nnx.Module):
-    """LayerNorm of each head on its own (GroupNorm over heads), with one scale a feature and no bias."""
+class Norm(nnx.Module):
+    """Layer norm, or with `mean=False` RMS norm, of each of `num_heads` heads on its own; one scale a feature.
 
-    def __init__(self, features: int, num_heads: int, *, epsilon: float = 1e-5, param_dtype=jnp.float32):
-        self.num_heads, self.epsilon = num_heads, epsilon
-        self.scale = nnx.Param(jnp.ones(features, param_dtype))
+    scale: where it starts; residual: the parameter is its difference from 1, as NX-AI's xlstm stores it.
+    """
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __init__(
+        self,
+        features: int,
+        num_heads: int = 1,
+        *,
+        mean: bool = True,
+        residual: bool = False,
+        use_bias: bool = False,
+        epsilon: float | int = 1e-5,
+        scale: float | int = 1.0,
+        dtype=None,
+        param_dtype=jnp.float32,
+    ):
+        self.num_heads, self.mean, self.residual, self.epsilon, self.dtype = num_heads, mean, residual, epsilon, dtype
+        self.scale = nnx.Param(jnp.full(features, scale - residual, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Statistics in float32 or wider."""
-        h = x.reshape(*x.shape[:-1], self.num_heads, -1).astype(jnp.promote_types(x.dtype, jnp.float32))
-        h = jax.nn.standardize(h, axis=-1, epsilon=self.epsilon).reshape(x.shape)
-        return (h * self.scale[None, None]).astype(x.dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        ones = (1,) * (x.ndim - 1)
+        h = x.reshape(*x.shape[:-1], self.num_heads, -1).astype(wide)
+        mean = None if self.mean else jnp.zeros((), wide)
+        h = jax.nn.standardize(h, axis=-1, mean=mean, epsilon=self.epsilon, algorithm="stable")
+        h = h.reshape(x.shape) * (self.scale[...].astype(wide) + self.residual).reshape(*ones, -1)
+        if self.bias is not None:
+            h = h + self.bias[...].astype(wide).reshape(*ones, -1)
+        return h.astype(self.dtype or x.dtype)
 
 
 class HeadwiseLinear(nnx.Module):
     """A linear map that is block-diagonal with `num_heads` blocks: kernel (H, E_in, E_out)."""
 
-    def __init__(self, features: int, num_heads: int, *, kernel_init, dtype=None, param_dtype=jnp.float32, rngs):
+    def __init__(
+        self, features: int, num_heads: int, *, kernel_init, use_bias=False, dtype=None, param_dtype=jnp.float32, rngs
+    ):
         if num_heads < 1 or features % num_heads:
             raise ValueError(f"{num_heads} blocks must divide the width {features}")
         E = features // num_heads
         self.dtype = dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), (num_heads, E, E), param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype)) if use_bias else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dtype = self.dtype or x.dtype
         H, E, _ = self.kernel.shape
+        x, kernel = x.astype(dtype), self.kernel[...].astype(dtype)
         if H == 1:
-            return x.astype(dtype) @ self.kernel[0].astype(dtype)
-        y = jnp.einsum("bthe,hef->bthf", x.astype(dtype).reshape(*x.shape[:-1], H, E), self.kernel[...].astype(dtype))
-        return y.reshape(x.shape)
+            y = x @ kernel[0]
+        else:
+            y = jnp.einsum("bthe,hef->bthf", x.reshape(*x.shape[:-1], H, E), kernel).reshape(x.shape)
+        return y if self.bias is None else y + self.bias[...].astype(dtype)[None, None]
 
 
 class CausalConv(nnx.Module):
@@ -104,19 +133,47 @@ class CausalConv(nnx.Module):
 
 
 class GatedFeedForward(nnx.Module):
-    """down(activation(gate) * up), [gate, up] = up_projection(x)."""
+    """down(activation(gate) * up), [gate, up] = up_projection(x); the activation by its name in `ACTIVATIONS`."""
 
-    def __init__(self, features, hidden, *, activation, num_blocks=1, dtype=None, param_dtype=jnp.float32, rngs):
-        self.activation = activation
-        shared = dict(use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        activation: str,
+        num_blocks: int = 1,
+        use_bias: bool = False,
+        dtype=None,
+        param_dtype=jnp.float32,
+        rngs,
+    ):
+        if activation not in ACTIVATIONS:
+            raise ValueError(unknown("activation", activation, ACTIVATIONS))
+        self.activation, self.hidden = activation, hidden
+        shared = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.up = nnx.Linear(features, 2 * hidden, kernel_init=small_init(features), **shared)
         self.down = nnx.Linear(hidden, features, kernel_init=wang_init(features, num_blocks), **shared)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, up = jnp.split(self.up(x), 2, axis=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
 
 
-def round_up(width: float, multiple: int = 64) -> int:
+ACTIVATIONS = {
+    "gelu": partial(jax.nn.gelu, approximate=False),  # the published feed-forward part uses erf
+    "relu": jax.nn.relu,
+    "relu^2": lambda x: jnp.square(jax.nn.relu(x)),
+    "sigmoid": jax.nn.sigmoid,
+    "swish": jax.nn.silu,
+    "selu": jax.nn.selu,
+}
+
+
+def soft_cap(x: Float[Array, "*B"], cap: float | int | None) -> Float[Array, "*B"]:
+    """cap tanh(x / cap), which stays within +-cap; x itself without a cap."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def round_up(width: float | int, multiple: int = 64) -> int:
     """The published models round inner widths up to a multiple of 64."""
     return math.ceil(width / multiple) * multiple

@@ -2,6 +2,7 @@
 
 from .backbone import BACKBONES, backbone
 from .lm import LM
-from .sequence import Classifier, Tagger
+from .sequence import BlockStack, Classifier, Tagger
+from .sizes import SIZES
 
-__all__ = ["BACKBONES", "LM", "Classifier", "Tagger", "backbone"]
+__all__ = ["BACKBONES", "LM", "SIZES", "BlockStack", "Classifier", "Tagger", "backbone"]

@@ -4,13 +4,15 @@
 "lstm_block"    pre-norm residual block whose mixer is the cell, then a gated feed-forward part:
                 the xLSTM paper's "LSTM (Block)" (the same names + "_block")
 "xlstm[a:b]"    a mLSTM blocks for b sLSTM blocks, repeated to num_layers (arXiv:2405.04517, section 2.4)
+"xlstm"         the same with sLSTM blocks at the places `slstm_at`, counted from 0, and mLSTM blocks elsewhere
+"xlstm_large"   xLSTM 7B's blocks: mLSTM then SwiGLU, RMS norms (arXiv:2503.13427, section 2.1)
 "transformer"   pre-norm attention with rotary positions and SwiGLU, Llama's design (arXiv:2302.13971)
 """
 
 import re
-from functools import partial
+from collections.abc import Sequence
+from itertools import groupby
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -18,10 +20,11 @@ from jax.typing import DTypeLike
 from .. import cells
 from ..attention import Attention
 from ..blocks import Block, MLSTMLayer, SLSTMLayer
-from ..layers import GatedFeedForward, round_up
+from ..blocks_large import MLSTMLargeLayer
+from ..cells.wrappers import smallest_period
+from ..layers import GatedFeedForward, Norm, round_up
 from ..names import unknown
 
-exact_gelu = partial(jax.nn.gelu, approximate=False)  # the published feed-forward part uses erf
 BARE = [name for name in cells.CELLS if name not in ("projected_lstm", "conv_lstm", "conv_gru")]  # one width in and out
 BACKBONES = [
     *BARE,
@@ -29,8 +32,15 @@ BACKBONES = [
     "xlstm[1:0]",
     "xlstm[0:1]",
     "xlstm[1:1]",
+    "xlstm",
+    "xlstm_large",
     "transformer",
 ]
+# Options of one kind of block alone, beside those with the prefix "mlstm_" or "slstm_"
+OWN = {
+    "mlstm": ("proj_factor", "inner_width", "qkv_block", "use_bias"),
+    "slstm": ("recurrent_init", "ffn_width", "ffn_activation", "ffn_bias"),
+}
 
 
 def backbone(
@@ -47,7 +57,9 @@ def backbone(
 ) -> cells.Stack:
     """The stack `name` of width `dim`; options go to its cells or mixers.
 
-    In xLSTM[a:b] `slstm_conv_width` and `recurrent_init` go to the sLSTM blocks alone.
+    In xLSTM[a:b] and "xlstm" `proj_factor`, `inner_width`, `qkv_block` and `use_bias` go to the mLSTM blocks alone,
+    `recurrent_init`, `ffn_width` (0: no feed-forward part), `ffn_activation` and `ffn_bias` to the sLSTM blocks, and so
+    does what has the prefix "mlstm_" or "slstm_": `slstm_conv_width=0`. "xlstm_large" has `ffn_width` and `norm_eps`.
 
     `in_features`: width of the inputs where it is not `dim`, for bare cells only (there is no residual connection).
     """
@@ -60,39 +72,57 @@ def backbone(
     if dim < 1 or num_layers < 1:
         raise ValueError(f"dim and num_layers must be at least 1, not {dim} and {num_layers}")
     shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    norms = dict(dtype=dtype, param_dtype=param_dtype)
 
-    def norm(epsilon=1e-5):
-        return nnx.LayerNorm(dim, epsilon=epsilon, use_bias=False, **shared)
+    def feed_forward(hidden, activation, use_bias=False):
+        width = dict(activation=activation, num_blocks=num_layers, use_bias=use_bias)
+        return GatedFeedForward(dim, hidden, **width, **shared)
 
-    def gated(factor, activation):
-        return GatedFeedForward(dim, round_up(factor * dim), activation=activation, num_blocks=num_layers, **shared)
+    if ratio or name == "xlstm":
+        pattern = published_pattern(name, ratio, num_layers, options.pop("slstm_at", None))
+        shared_options, own = split_options(options)
+        for kind, given in own.items():
+            if given and ratio and kind not in pattern:
+                raise ValueError(f"{' and '.join(given)}: for {kind[0]}LSTM blocks, of which {name} has none")
+        hidden, activation = own["slstm"].pop("ffn_width", None), own["slstm"].pop("ffn_activation", "gelu")
+        hidden, bias = round_up(1.3 * dim) if hidden is None else hidden, own["slstm"].pop("ffn_bias", False)
+        own = {
+            kind: shared_options | {name.removeprefix(f"{kind}_"): value for name, value in given.items()} | shared
+            for kind, given in own.items()
+        }
 
-    if ratio:
-        group = ("mlstm",) * int(ratio[1]) + ("slstm",) * int(ratio[2])
-        if not group:
-            raise ValueError(f"{name} has no blocks")
-        if num_layers % len(group):
-            raise ValueError(f"num_layers={num_layers} must be a multiple of the {len(group)} blocks of {name}")
-        pattern = group * (num_layers // len(group))
-        slstm_options = {name: options.pop(name) for name in ("slstm_conv_width", "recurrent_init") if name in options}
-        if slstm_options and "slstm" not in group:
-            raise ValueError(f"{' and '.join(slstm_options)}: for sLSTM blocks, of which {name} has none")
-        slstm_options = {name.removeprefix("slstm_"): value for name, value in slstm_options.items()}
+        def norm():
+            return Norm(dim, residual=True, **norms)
 
         def make(index):
             if pattern[index] == "mlstm":
-                mixer = MLSTMLayer(dim, num_blocks=num_layers, **options, **shared)
+                mixer = MLSTMLayer(dim, num_blocks=num_layers, **own["mlstm"])
                 return Block(mixer, norm=norm(), dropout=dropout)
-            mixer = SLSTMLayer(dim, block=index, num_blocks=num_layers, **options, **slstm_options, **shared)
-            return Block(mixer, norm=norm(), ffn=gated(1.3, exact_gelu), ffn_norm=norm(), dropout=dropout)
+            mixer = SLSTMLayer(dim, block=index, num_blocks=num_layers, **own["slstm"])
+            if not hidden:
+                return Block(mixer, norm=norm(), dropout=dropout)
+            ffn = feed_forward(hidden, activation, bias)
+            return Block(mixer, norm=norm(), ffn=ffn, ffn_norm=norm(), dropout=dropout)
+
+    elif name == "xlstm_large":
+        pattern = ("xlstm_large",) * num_layers
+        hidden = options.pop("ffn_width", None) or round_up(int(2.6667 * dim))
+        bias, epsilon = options.get("use_bias", False), options.get("norm_eps", 1e-6)
+
+        def make(index):
+            mixer = MLSTMLargeLayer(dim, num_blocks=num_layers, **options, **shared)
+            rms = [Norm(dim, mean=False, use_bias=bias, epsilon=epsilon, **norms) for _ in range(2)]
+            ffn = feed_forward(hidden, "swish", bias)
+            return Block(mixer, norm=rms[0], ffn=ffn, ffn_norm=rms[1], dropout=dropout)
 
     elif name == "transformer":
         pattern = ("transformer",) * num_layers
 
         def make(index):
             mixer = Attention(dim, num_blocks=num_layers, **options, **shared)
-            rms = [nnx.RMSNorm(dim, epsilon=1e-6, **shared) for _ in range(2)]
-            return Block(mixer, norm=rms[0], ffn=gated(8 / 3, jax.nn.silu), ffn_norm=rms[1], dropout=dropout)
+            rms = [Norm(dim, mean=False, epsilon=1e-6, **norms) for _ in range(2)]
+            ffn = feed_forward(round_up(8 / 3 * dim), "swish")
+            return Block(mixer, norm=rms[0], ffn=ffn, ffn_norm=rms[1], dropout=dropout)
 
     else:
         kind = name.removesuffix("_block")
@@ -103,6 +133,47 @@ def backbone(
             mixer = cells.CELLS[kind](dim if index else in_features, dim, **options, **shared)
             if not in_block:
                 return Block(mixer, residual=False, dropout=dropout)
-            return Block(mixer, norm=norm(), ffn=gated(1.3, exact_gelu), ffn_norm=norm(), dropout=dropout)
+            ffn = feed_forward(round_up(1.3 * dim), "gelu")
+            return Block(mixer, norm=Norm(dim, **norms), ffn=ffn, ffn_norm=Norm(dim, **norms), dropout=dropout)
 
-    return cells.Stack([make(n) for n in range(num_layers)], pattern=pattern)
+    blocks = [make(n) for n in range(num_layers)]
+    return in_runs(blocks, pattern) if name == "xlstm" else cells.Stack(blocks, pattern=pattern)
+
+
+def split_options(options: dict) -> tuple[dict, dict[str, dict]]:
+    """Options of both kinds of block, and those of one kind, by kind."""
+    own = {kind: {} for kind in OWN}
+    both = {}
+    for name, value in options.items():
+        kind = next((kind for kind, names in OWN.items() if name in names or name.startswith(f"{kind}_")), None)
+        (own[kind] if kind else both)[name] = value
+    return both, own
+
+
+def published_pattern(name: str, ratio: re.Match | None, num_layers: int, slstm_at: Sequence[int] | None) -> tuple:
+    """ "mlstm" or "slstm" for each block, by the ratio a:b or by the places `slstm_at`."""
+    if ratio is None:
+        places = tuple(slstm_at or ())
+        wrong = [place for place in places if not (isinstance(place, int) and 0 <= place < num_layers)]
+        if wrong or len(set(places)) != len(places):
+            raise ValueError(f"slstm_at={places} must be different places from 0 to {num_layers - 1}")
+        return tuple("slstm" if n in places else "mlstm" for n in range(num_layers))
+    if slstm_at is not None:
+        raise ValueError(f"slstm_at is for backbone='xlstm'; {name} says itself where sLSTM blocks are")
+    group = ("mlstm",) * int(ratio[1]) + ("slstm",) * int(ratio[2])
+    if not group:
+        raise ValueError(f"{name} has no blocks")
+    if num_layers % len(group):
+        raise ValueError(f"num_layers={num_layers} must be a multiple of the {len(group)} blocks of {name}")
+    return group * (num_layers // len(group))
+
+
+def in_runs(blocks: Sequence[cells.base.Cell], pattern: Sequence[str]) -> cells.Stack:
+    """A stack that is compiled once a group where the whole repeats one, else once a run of equal kinds."""
+    if smallest_period(tuple(pattern)) < len(blocks):
+        return cells.Stack(blocks, pattern=pattern)
+    blocks, layers = iter(blocks), []
+    for kind, run in groupby(pattern):
+        run = [next(blocks) for _ in run]
+        layers.append(run[0] if len(run) == 1 else cells.Stack(run, pattern=[kind] * len(run)))
+    return cells.Stack(layers)

@@ -10,9 +10,37 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..cells.arguments import check_array, check_flags, check_tokens
 from ..cells.base import Cell, masked
-from ..initializers import small_init
+from ..initializers import Initializer, small_init
+from ..layers import Norm
+from ..names import unknown
 from ..regularizers import check_rates, dropout, split
 from .backbone import backbone as make_backbone
+
+NORMS = {"layer": {}, "rms": dict(mean=False), "rms_bias": dict(mean=False, use_bias=True), "none": None}
+
+
+def output_norm(
+    name: str | None,
+    backbone: str,
+    dim: int,
+    epsilon: float | int | None = None,
+    scale: float | int = 1.0,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+) -> Norm | None:
+    """The norm after a backbone: "layer", "rms", "rms_bias" or "none"; the published models' where not given.
+
+    That is "rms" after "xlstm_large", else "layer", with an epsilon of 1e-6 and 1e-5. scale: where the norm's starts.
+    """
+    name = name or ("rms" if backbone == "xlstm_large" else "layer")
+    if name not in NORMS:
+        raise ValueError(unknown("final_norm", name, NORMS))
+    if NORMS[name] is None:
+        return None
+    residual = backbone.startswith("xlstm") and name == "layer"
+    epsilon = (1e-5 if name == "layer" else 1e-6) if epsilon is None else epsilon
+    options = dict(residual=residual, scale=scale, dtype=dtype, param_dtype=param_dtype) | NORMS[name]
+    return Norm(dim, epsilon=epsilon, **options)
 
 
 class Tagger(Cell):
@@ -27,22 +55,31 @@ class Tagger(Cell):
         dim: int,
         num_layers: int,
         embedding_dim: int | None = None,
+        final_norm: str | None = None,
+        norm_eps: float | int | None = None,
+        norm_scale: float | int = 1.0,
+        head_init: Initializer | None = None,
         dropout: float = 0.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         **options,
     ):
-        """embedding_dim: if not `dim` (bare cells only); options: of the backbone's cells or mixers."""
+        """embedding_dim: if not `dim` (bare cells only); options: of the backbone's cells or mixers.
+
+        final_norm, norm_eps, norm_scale: see `output_norm`; norm_eps is of all norms of "xlstm_large".
+        """
         check_rates(dropout=dropout)
         embedding_dim = embedding_dim or dim
         self.vocab_size, self.num_classes, self.dropout = vocab_size, num_classes, dropout
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.embedding = nnx.Embed(vocab_size, embedding_dim, embedding_init=small_init(embedding_dim), **shared)
         widths = dict(in_features=embedding_dim, dropout=dropout)
+        self.norm = output_norm(final_norm, backbone, dim, norm_eps, norm_scale, dtype, param_dtype)
+        if norm_eps is not None and backbone == "xlstm_large":
+            options["norm_eps"] = norm_eps
         self.backbone = make_backbone(backbone, dim, num_layers, **widths, **shared, **options)
-        self.norm = nnx.LayerNorm(dim, epsilon=1e-5, use_bias=False, **shared)
-        self.head = nnx.Linear(dim, num_classes, use_bias=False, kernel_init=small_init(dim), **shared)
+        self.head = nnx.Linear(dim, num_classes, use_bias=False, kernel_init=head_init or small_init(dim), **shared)
 
     def input_shape(self, xs: Any) -> tuple[int | str, ...]:
         return ()
@@ -62,7 +99,8 @@ class Tagger(Cell):
 
     def features(self, ys: Float[Array, "B T D"], *, key=None) -> Float[Array, "B T D"]:
         """What the head reads."""
-        return dropout(self.norm(ys), self.dropout, split(key, 3)[2])
+        ys = ys if self.norm is None else self.norm(ys)
+        return dropout(ys, self.dropout, split(key, 3)[2])
 
     def answers(self, ys: Float[Array, "B T D"], mask=None, *, key=None) -> Float[Array, "B T C"]:
         """From what the backbone gives to float32 (or wider) logits, zero where masked."""
@@ -85,6 +123,46 @@ class Tagger(Cell):
     def logits(self, xs: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
         """The head."""
         return self.head(xs)
+
+
+class BlockStack(Cell):
+    """Backbone and norm alone: xs (B, T, D) to features (B, T, D), as NX-AI's xLSTMBlockStack."""
+
+    def __init__(
+        self,
+        *,
+        backbone: str,
+        dim: int,
+        num_layers: int,
+        final_norm: str | None = None,
+        dropout: float = 0.0,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        **options,
+    ):
+        """options: of the backbone's cells or mixers."""
+        check_rates(dropout=dropout)
+        shared = dict(dtype=dtype, param_dtype=param_dtype)
+        self.backbone = make_backbone(backbone, dim, num_layers, dropout=dropout, rngs=rngs, **shared, **options)
+        self.norm = output_norm(final_norm, backbone, dim, **shared)
+
+    def initial_state(self, batch_size: int) -> Any:
+        """The backbone's."""
+        return self.backbone.initial_state(batch_size)
+
+    def __call__(
+        self,
+        xs: Float[Array, "B T D"],
+        state: Any = None,
+        mask: Bool[Array, "B T"] | None = None,
+        reset: Bool[Array, "B T"] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """xs (B, T, D) to outputs (B, T, D), zero where masked, and the last state."""
+        xs, state = self.backbone(xs, state, mask, reset, key=key)
+        return (xs if self.norm is None else masked(self.norm(xs), mask)), state
 
 
 class Classifier(Tagger):

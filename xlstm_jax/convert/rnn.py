@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from .cells import GRU, LSTM, Bidirectional, ConvGRU, ConvLSTM, Elman, ProjectedLSTM, Stack
-from .cells.base import Cell
-from .cells.conv import Convolution
-from .cells.lstm import LSTMRule
-from .names import unknown
+from ..cells import GRU, LSTM, Bidirectional, ConvGRU, ConvLSTM, Elman, ProjectedLSTM, Stack
+from ..cells.base import Cell
+from ..cells.conv import Convolution
+from ..cells.lstm import LSTMRule
+from ..names import unknown
 
 KEEP_EQUATIONS = ("dtype", "param_dtype", "form", "chunk_size", "remat")  # options that change no value, and those that
 KEEP_EQUATIONS += ("input_dropout", "state_dropout", "output_dropout", "weight_drop")  # need a key to do anything
