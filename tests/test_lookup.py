@@ -159,6 +159,14 @@ def test_a_bad_line_is_numbered(tmp_path, line, message):
         list(documents.JSONLines(path, "text"))
 
 
+def test_an_empty_split_is_named(tmp_path):
+    rolls = np.empty((1, 1), object)
+    rolls[0, 0] = np.zeros((5, 88), np.uint8)
+    content = {"traindata": rolls, "validdata": np.empty((1, 0), object), "testdata": rolls}
+    scipy.io.savemat(tmp_path / "music.mat", content)
+    refused("music.mat: its valid split is empty", f"file:{tmp_path / 'music.mat'}")
+
+
 def test_folders_that_lack_a_file_or_mix_kinds(tmp_path):
     refused("needs one file train.txt, .jsonl or .npy .found: none.", f"file:{tmp_path}")
     for name in ("train.txt", "valid.txt", "test.txt"):
@@ -254,7 +262,19 @@ def test_what_is_wrong_with_a_prepared_set(data_dir, tmp_path):
     for file in (data_dir / "notes/1.0.0").iterdir():
         if "train" not in file.name:
             (folder / file.name).write_bytes(file.read_bytes())
-    refused("notes-train.array_record-00000-of-00001 is missing .1 of its files.", "tfds:notes", tmp_path)
+    file = folder / "notes-train.array_record-00000-of-00001"
+    whole = (data_dir / "notes/1.0.0" / file.name).read_bytes()
+    refused(f"{file.name} is missing: copy or prepare it again", "tfds:notes", tmp_path)
+    file.write_bytes(whole[:-700])
+    refused(f"{file.name} is damaged: ", "tfds:notes", tmp_path)
+    file.write_bytes((data_dir / "notes/1.0.0" / file.name.replace("train", "test")).read_bytes())
+    refused(f"{file.name} has 5 rows, not 40", "tfds:notes", tmp_path)
+    place = whole.index(b"train")
+    file.write_bytes(whole[:place] + b"brain" + whole[place + 5 :])
+    with pytest.raises(ValueError, match="tfds:notes: row .* is damaged: .*hash mismatch"):
+        list(lookup.load("tfds:notes", tmp_path).splits["train"])
+    (folder / "dataset_info.json").write_text("{")
+    refused("dataset_info.json is damaged: ", "tfds:notes", tmp_path)
     for stored, why in {"parquet": "loses rows in it silently", "tfrecord": "no random access"}.items():
         (folder / "dataset_info.json").write_text(json.dumps({"fileFormat": stored}))
         refused(f"is stored as {stored}: .*{why}.*file_format='array_record'", "tfds:notes", tmp_path)

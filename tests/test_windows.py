@@ -212,6 +212,11 @@ def test_what_cannot_be_tokenised(documents, running, tmp_path):
     corpus, _ = documents
     with pytest.raises(ValueError, match="consists of documents, but tokenizer 'bytes' has no token .*take bytes.end"):
         tokens.tokenise(corpus, tokenizers.make("bytes"), tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match="cannot write the tokens to .*file/cache: Not a directory; set XLSTM_JAX_CACHE"
+    ):
+        tokens.tokenise(corpus, tokenizers.make("bytes+end"), tmp_path / "file/cache")
     with pytest.raises(ValueError, match="holds no text to train the tokenizer 'characters' on: write ids:SIZE"):
         tokens.tokenizer_for(lookup.load(f"file:{running.path}"), "characters", tmp_path)
     broken = corpus._replace(splits={"train": [b"ok", b"\xff"]})

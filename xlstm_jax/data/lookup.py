@@ -74,12 +74,16 @@ def load(
         raise ValueError(f"time_limit must be positive, not {time_limit} seconds")
     folder = data_folder(data_dir)
     try:
-        return READERS[kind](name, rest, folder)
+        corpus = READERS[kind](name, rest, folder)
     except DataNotFound:
         if not download or kind not in DOWNLOADS:
             raise
-    DOWNLOADS[kind](rest.partition("#")[0], folder, time_limit)
-    return READERS[kind](name, rest, folder)
+        DOWNLOADS[kind](rest.partition("#")[0], folder, time_limit)
+        corpus = READERS[kind](name, rest, folder)
+    for split, found in corpus.splits.items():
+        if not len(found):
+            raise ValueError(f"{name}: its {split} split is empty")
+    return corpus
 
 
 def _bundled(name: str, rest: str, folder: Path) -> Corpus:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,7 +41,10 @@ def folders(folder: Path, name: str = "*", version: str = "") -> list[Path]:
 
 def read(name: str, path: Path, feature: str = "", folder: Path | None = None) -> Corpus:
     """Documents of a prepared folder, by its name in the data folder `folder`, or as it stands."""
-    stored = json.loads((path / "dataset_info.json").read_text(encoding="utf-8")).get("fileFormat", "tfrecord")
+    try:
+        stored = json.loads((path / "dataset_info.json").read_text(encoding="utf-8")).get("fileFormat", "tfrecord")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{name}: {path / 'dataset_info.json'} is damaged: {error}") from None
     if stored != "array_record":
         lost = stored == "parquet"
         why = "tensorflow-datasets loses rows in it silently" if lost else "it has no random access without TensorFlow"
@@ -50,9 +55,9 @@ def read(name: str, path: Path, feature: str = "", folder: Path | None = None) -
         builder = tfds.builder_from_directory(path)
     else:
         builder = tfds.builder(f"{path.parent.relative_to(folder)}:{path.name}", data_dir=folder)
-    missing = [f for split in builder.info.splits.values() for f in split.filepaths if not Path(f).is_file()]
-    if missing:
-        raise ValueError(f"{name}: {missing[0]} is missing ({len(missing)} of its files): copy or prepare it again")
+    for split in builder.info.splits.values():
+        for file, count in zip(split.filepaths, split.shard_lengths):
+            check_file(name, Path(file), count)
     texts = [key for key, kind in builder.info.features.items() if isinstance(kind, tfds.features.Text)]
     feature = feature or (texts[0] if len(texts) == 1 else "text")
     if feature not in texts:
@@ -60,18 +65,37 @@ def read(name: str, path: Path, feature: str = "", folder: Path | None = None) -
             f"{unknown(f'text feature of {path.parent.name}', feature, texts or ['none'])}; write tfds:NAME#FEATURE"
         )
 
-    def text(example) -> bytes:
-        value = example[feature]
-        return value.encode() if isinstance(value, str) else bytes(value)
-
     splits = {}
     for split, aliases in ALIASES.items():
         for alias in aliases:
             if alias in builder.info.splits:
                 source = builder.as_data_source(alias)
-                splits[split] = Documents(source, text, 0, len(source))
+                splits[split] = Documents(range(len(source)), partial(text, name, source, feature), 0, len(source))
                 break
     return Corpus(name, str(path), shares(splits, name), False, folder_hash(path), f"feature {feature}")
+
+
+def text(name: str, source: Sequence, feature: str, index: int) -> bytes:
+    """One text of a source, as bytes whichever it gives."""
+    try:
+        value = source[index][feature]
+    except RuntimeError as error:  # what a wrong checksum raises
+        raise ValueError(f"{name}: row {index} is damaged: {' '.join(str(error).split())}") from None
+    return value.encode() if isinstance(value, str) else bytes(value)
+
+
+def check_file(name: str, file: Path, count: int) -> None:
+    """ValueError unless it is an ArrayRecord file of `count` rows."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    if not file.is_file():
+        raise ValueError(f"{name}: {file} is missing: copy or prepare it again")
+    try:
+        found = len(ArrayRecordDataSource([str(file)]))
+    except RuntimeError as error:
+        raise ValueError(f"{name}: {file} is damaged: {' '.join(str(error).split())[:80]}") from None
+    if found != count:
+        raise ValueError(f"{name}: {file} has {found} rows, not {count}: copy or prepare it again")
 
 
 def folder_hash(path: Path) -> str:

@@ -79,7 +79,12 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | os.PathLike 
     folder = cache_folder(cache_dir) / _key(corpus, tokenizer.hash)
     if not (folder / "tokens.json").exists():
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")  # one folder may serve several machines
-        temporary.mkdir(parents=True)
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write the tokens to {folder.parent}: {error.strerror}; set XLSTM_JAX_CACHE"
+            ) from None
         try:
             _write_all(temporary, corpus, tokenizer)
             os.rename(temporary, folder)
