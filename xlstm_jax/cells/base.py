@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from ..initializers import Chrono, Initializer, initializer, per_gate
+from ..kernels.choice import CHOSEN_FORMS
 from ..kernels.recurrent import Dense, recurrent
 from ..names import unknown
 from ..regularizers import Zoneout, check_rates, dropout, locked_dropout, locked_scale
@@ -107,8 +108,8 @@ class RecurrentCell(Cell):
             raise ValueError(f"num_heads={num_heads} must divide {widths}")
         check_rates(input_dropout=input_dropout, state_dropout=state_dropout)
         check_rates(output_dropout=output_dropout, weight_drop=weight_drop)
-        if form not in self.forms:
-            raise ValueError(unknown(f"form of {type(self).__name__}", form, self.forms))
+        if form not in self.forms + CHOSEN_FORMS:
+            raise ValueError(unknown(f"form of {type(self).__name__}", form, self.forms + CHOSEN_FORMS))
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
         if forget_bias is None and use_bias and self.forget_gate is not None:
