@@ -152,6 +152,8 @@ def plan_for(
         return f"the linear maps of {name} are {type(spec.maps).__name__}, and the kernel has Dense ones only"
     if weights.S is not None:
         return f"{name} has a second product in a step (`inner`), and the kernel has one"
+    if not interpret and (state.h.dtype != jnp.float32 or spec.dtype not in (jnp.float32, jnp.bfloat16)):
+        return f"the kernel is for float32 and bfloat16 products and a float32 state, not {spec.dtype}, {state.h.dtype}"
     if given.noise:
         return f"{name} draws noise at each step, which the kernel does not read"
     N, E, K, F = weights.R.shape
@@ -353,6 +355,16 @@ def _flags_at(flags, t, like):
     return Given(value % 2 == 0, value >= 2, ())
 
 
+def _load(refs, *place):
+    """Reads each leaf."""
+    return jax.tree.map(lambda ref: ref[place], refs)
+
+
+def _like(tree, value):
+    """The same value for each leaf."""
+    return jax.tree.map(lambda _: value, tree)
+
+
 def _store(refs, values, *place):
     """Writes each leaf."""
     for ref, value in zip(jax.tree.leaves(refs), jax.tree.leaves(values)):
@@ -367,12 +379,12 @@ def _forward(spec, plan, x, R, state, params, flags, scale, keep):
     def kernel(x, R, start, params, flags, scale, ys, state, kept):
         @pl.when(pl.program_id(2) == 0)
         def _():
-            _store(state, jax.tree.map(lambda a: a[...], start), ...)
+            _store(state, _load(start, ...), ...)
 
         def step(t):
             for head in range(tiles.heads):
                 lanes = _lanes(s, head)
-                before, own = jax.tree.map(lambda a: a[:, lanes], (state, params))
+                before, own = _load((state, params), everything, lanes)
                 given = _flags_at(flags, t, before.h)
                 before = emptied(given.reset, before)
                 h = scaled(before.h, None if scale is None else scale[:, lanes])
@@ -385,16 +397,16 @@ def _forward(spec, plan, x, R, state, params, flags, scale, keep):
 
         _steps(s, tiles, spec.reverse, step)
 
-    row, feature = (jax.tree.map(lambda _: spec, state) for spec in (specs.row, specs.feature))
+    row, feature = _like(state, specs.row), _like(state, specs.feature)
     steps = jax.ShapeDtypeStruct((s.T, *state.h.shape), state.h.dtype)
     return _call(
         *(kernel, plan, tiles),
         (
-            *(specs.x, specs.R(s.lanes, s.K * s.lanes), row, jax.tree.map(lambda _: specs.param, params)),
+            *(specs.x, specs.R(s.lanes, s.K * s.lanes), row, _like(params, specs.param)),
             *(None if flags is None else specs.flags, None if scale is None else specs.row),
         ),
         (specs.feature, row, feature if keep else None),
-        (steps, state, jax.tree.map(lambda _: steps, state) if keep else None),
+        (steps, state, _like(state, steps) if keep else None),
     )(x, R.astype(spec.dtype), state, params, flags, scale)
 
 
@@ -407,8 +419,8 @@ def _recurrence_backward(spec, plan, residuals, cotangents):
     def kernel(x, R, kept, params, flags, scale, d_ys, d_last, dx, dr, d_state, d_params, r):
         @pl.when(pl.program_id(2) == 0)
         def _():
-            _store(d_state, jax.tree.map(lambda a: a[...], d_last), ...)
-            _store(d_params, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), d_params), ...)
+            _store(d_state, _load(d_last, ...), ...)
+            _store(d_params, jax.tree.map(jnp.zeros_like, _load(d_params, ...)), ...)
 
         def own_scale(lanes):
             return None if scale is None else scale[:, lanes]
@@ -425,11 +437,12 @@ def _recurrence_backward(spec, plan, residuals, cotangents):
         def step(t):
             for head in range(tiles.heads):
                 lanes = _lanes(s, head)
-                before, d_after = kept_at(t, lanes), jax.tree.map(lambda a: a[:, lanes], d_state)
-                own = jax.tree.map(lambda a: jnp.broadcast_to(a[:, lanes], before.h.shape), params)
+                before = _load(kept, t, everything, lanes)
+                d_after, own, sums = _load((d_state, params, d_params), everything, lanes)
+                own = jax.tree.map(partial(jnp.broadcast_to, shape=before.h.shape), own)
                 given = _flags_at(flags, t, before.h)
                 shares = _gates(s, x, t, head, s.G), _gates(s, r, t, head, s.K)
-                pull = jax.vjp(lambda *args: masked_rule(spec, *args, given), *shares, before, own)[1]  # noqa: B023
+                pull = jax.vjp(partial(masked_rule, spec, given=given), *shares, before, own)[1]
                 d_x, d_r, d_before, d_own = pull((d_after, d_ys[t, :, lanes]))
                 for gate in range(s.G):
                     dx[t, :, _lanes(s, head, s.G, gate)] = d_x[gate]
@@ -439,31 +452,26 @@ def _recurrence_backward(spec, plan, residuals, cotangents):
                 d_h = scaled(jnp.dot(d_r, R[head], preferred_element_type=before.h.dtype), own_scale(lanes))
                 d_before = emptied(given.reset, d_before._replace(h=d_before.h + d_h))
                 _store(d_state, d_before, everything, lanes)
-                sums = jax.tree.map(lambda a, d: a[:, lanes] + d, d_params, d_own)  # noqa: B023
-                _store(d_params, sums, everything, lanes)
-
-        def kept_at(t, lanes):
-            return jax.tree.map(lambda a: a[t, :, lanes], kept)
+                _store(d_params, jax.tree.map(jnp.add, sums, d_own), everything, lanes)
 
         _steps(s, tiles, not spec.reverse, step)
 
-    row, feature = (jax.tree.map(lambda _: spec, kept) for spec in (specs.row, specs.feature))
+    row, feature = _like(kept, specs.row), _like(kept, specs.feature)
     shape = partial(jax.ShapeDtypeStruct, dtype=x.dtype)
-    sums = jax.tree.map(lambda a: shape(d_last.h.shape), params)
+    sums = _like(params, shape(d_last.h.shape))
     dx, dr, d_state, d_params = _call(
         *(kernel, plan, tiles),
         (
-            *(specs.x, specs.R(s.K * s.lanes, s.lanes), feature, jax.tree.map(lambda _: specs.param, params)),
+            *(specs.x, specs.R(s.K * s.lanes, s.lanes), feature, _like(params, specs.param)),
             *(None if flags is None else specs.flags, None if scale is None else specs.row),
             *(specs.feature, row),
         ),
-        (specs.x, None if s.same else specs.r, row, jax.tree.map(lambda _: specs.row, params)),
+        (specs.x, None if s.same else specs.r, row, _like(params, specs.row)),
         (shape(x.shape), None if s.same else shape((*x.shape[:2], s.heads * s.K * s.lanes)), d_last, sums),
         scratch=[pltpu.VMEM((tiles.steps, tiles.rows, tiles.heads * s.K * s.lanes), x.dtype)],
     )(x, jnp.swapaxes(R.astype(spec.dtype), 1, 2), kept, params, flags, scale, d_ys, d_last)
-    h, dr = (
-        a.astype(spec.dtype).reshape(s.T, s.rows, s.heads, -1) for a in (scaled(kept.h, scale), dx if dr is None else dr)
-    )
+    h, dr = scaled(kept.h, scale), dx if dr is None else dr
+    h, dr = (a.astype(spec.dtype).reshape(s.T, s.rows, s.heads, -1) for a in (h, dr))
     d_R = jnp.einsum("tbhe,tbhf->hef", h, dr, preferred_element_type=jnp.promote_types(R.dtype, jnp.float32))
     d_params = jax.tree.map(lambda d: jnp.sum(d, axis=0, keepdims=True), d_params)
     return dx, d_R.astype(R.dtype), d_state, d_params, None, None
