@@ -26,7 +26,6 @@ from xlstm_jax.kernels.choice import chosen_forms  # noqa: E402
 CASES = {  # cell, (B, T, width), its options, with masks and resets
     "LSTM of the Bible's config": ("lstm", (32, 128, 448), {}, False),
     "LSTM": ("lstm", (16, 1024, 512), {}, False),
-    "LSTM, bfloat16": ("lstm", (16, 1024, 512), {"dtype": jnp.bfloat16}, False),
     "sLSTM, bfloat16, masks": ("slstm", (16, 1024, 768), {"num_heads": 4, "dtype": jnp.bfloat16}, True),
     "sLSTM of the Bible's config": ("slstm", (32, 128, 192), {"num_heads": 4}, True),
 }

@@ -20,7 +20,7 @@ from jaxtyping import Array
 from .recurrent import Dense, Given, Spec, Weights, emptied, masked_rule, project, scaled
 
 LANES, SUBLANES = 128, 8
-LONGEST_BLOCK, SHORTEST_BLOCK, LARGEST_TILE = 64, 8, 256  # steps, steps, rows
+LONGEST_BLOCK, SHORTEST_BLOCK, LARGEST_TILE = 32, 8, 256  # steps, steps, rows
 
 
 class Sizes(NamedTuple):
@@ -62,6 +62,11 @@ class Tiles(NamedTuple):
     heads: int
     steps: int
 
+    @property
+    def steps_at_once(self) -> int:
+        """Of the product that computes recurrent shares again: some 256 rows, for its code is unrolled."""
+        return min(self.steps, 1 << (max(1, 256 // self.rows).bit_length() - 1))
+
 
 class Plan(NamedTuple):
     """Both kernels' tiles, and the VMEM that they may use."""
@@ -88,7 +93,7 @@ def vmem_bytes(sizes: Sizes, tiles: Tiles, backward: bool) -> int:
     if not backward:
         step = s.K + s.G + 2 * s.fields  # values of one step
         return R + 2 * (given + (s.G + 1 + s.fields) * block) + step * row
-    recomputed = 2 * s.K * block + block  # the recurrent shares, the product they come from, and its operand
+    recomputed = s.K * block + (s.K + 1) * tiles.steps_at_once * row  # the shares; one product with its operand
     streamed = (2 * s.G + 1 + s.fields + (0 if s.same else s.K)) * block
     return R + 2 * (given + streamed + s.params * row) + recomputed + 2 * (s.K + s.G + 2 * s.fields) * row
 
@@ -294,7 +299,7 @@ class Specs:
 
     def __init__(self, plan: Plan, tiles: Tiles, backwards: bool):
         s = plan.sizes
-        self.blocks = blocks = plan.grid(tiles)[2]
+        blocks = plan.grid(tiles)[2]
 
         def at(t):
             return blocks - 1 - t if backwards else t
@@ -306,7 +311,7 @@ class Specs:
         self.flags = pl.BlockSpec((tiles.steps, tiles.rows, 1), lambda b, n, t: (at(t), b, 0))
         self.row = pl.BlockSpec((tiles.rows, tiles.heads * s.lanes), lambda b, n, t: (b, n))
         self.param = pl.BlockSpec((1, tiles.heads * s.lanes), lambda b, n, t: (0, n))
-        once = pl.Buffered(1) if blocks > 1 else None
+        once = pl.Buffered(1)
         self.R = lambda *shape: pl.BlockSpec((tiles.heads, *shape), lambda b, n, t: (n, 0, 0), pipeline_mode=once)
 
 
@@ -425,14 +430,18 @@ def _recurrence_backward(spec, plan, residuals, cotangents):
         def own_scale(lanes):
             return None if scale is None else scale[:, lanes]
 
-        for head in range(tiles.heads):  # the recurrent shares of the whole block
-            lanes, gates = _lanes(s, head), pl.ds(head * s.K * s.lanes, s.K * s.lanes)
-            h = scaled(kept.h[:, :, lanes], own_scale(lanes))
-            shares = jax.lax.dot_general(
-                *(h.reshape(-1, s.lanes).astype(R.dtype), R[head], (((1,), (1,)), ((), ()))),
-                preferred_element_type=h.dtype,
-            )
-            r[:, :, gates] = shares.reshape(tiles.steps, tiles.rows, -1)
+        def recompute(n, _):
+            steps = pl.ds(n * tiles.steps_at_once, tiles.steps_at_once)
+            for head in range(tiles.heads):
+                h = scaled(kept.h[steps, :, _lanes(s, head)], own_scale(_lanes(s, head)))
+                shares = jax.lax.dot_general(
+                    *(h.reshape(-1, s.lanes).astype(R.dtype), R[head], (((1,), (1,)), ((), ()))),
+                    preferred_element_type=h.dtype,
+                )
+                gates = pl.ds(head * s.K * s.lanes, s.K * s.lanes)
+                r[steps, :, gates] = shares.reshape(*h.shape[:2], -1)
+
+        jax.lax.fori_loop(0, tiles.steps // tiles.steps_at_once, recompute, None)
 
         def step(t):
             for head in range(tiles.heads):
