@@ -183,7 +183,7 @@ class SLSTMLayer(Cell):
     `conv_width=0` leaves the convolution out, as in the paper's formal-language runs.
     """
 
-    forms = SLSTM.forms
+    forms, chosen_forms = SLSTM.forms, SLSTM.chosen_forms
 
     def __init__(
         self,

@@ -28,14 +28,16 @@ class CellType(type(nnx.Module)):
     """The type of every cell: its arguments have known names and are what their annotations say, before it is built."""
 
     forms: tuple[str, ...]
+    chosen_forms: tuple[str, ...]
 
     def __call__(cls, *args, **options):
         positional, known, open_ended = parameters(cls)
         for name in options:
             if name not in known and not open_ended:
                 raise ValueError(unknown(f"option of {cls.__name__}", name, known))
-        if "form" in options and cls.forms and options["form"] not in cls.forms:
-            raise ValueError(unknown(f"form of {cls.__name__}", options["form"], cls.forms))
+        forms = (*cls.forms, *cls.chosen_forms)
+        if "form" in options and forms and options["form"] not in forms:
+            raise ValueError(unknown(f"form of {cls.__name__}", options["form"], forms))
         checked = [check_argument(name, known[name], value) for name, value in zip(positional, args)]
         options = {name: check_argument(name, known.get(name), value) for name, value in options.items()}
         return super().__call__(*checked, *args[len(checked) :], **options)

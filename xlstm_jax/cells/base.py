@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from ..initializers import Chrono, Initializer, initializer, per_gate
+from ..kernels.choice import CHOSEN_FORMS
 from ..kernels.recurrent import Dense, recurrent
 from ..names import unknown
 from ..regularizers import Zoneout, check_rates, dropout, locked_dropout, locked_scale, split
@@ -20,6 +21,7 @@ class Cell(nnx.Module, metaclass=CellType):
     """One step of any layer is the sequence of one step; a subclass has `initial_state` and `__call__`."""
 
     forms: tuple[str, ...] = ()  # the first is the plain loop; a cell made of cells has theirs
+    chosen_forms: tuple[str, ...] = ()  # those that not every machine has, or that choose one
 
     @property
     def state_dtype(self) -> DTypeLike:
@@ -76,6 +78,7 @@ class RecurrentCell(Cell):
     zoneout_fields: tuple[str, ...] = ("h",)
     maps = Dense()
     forms = ("scan", "fused")
+    chosen_forms = CHOSEN_FORMS
 
     def __init__(
         self,

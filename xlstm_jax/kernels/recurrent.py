@@ -15,6 +15,10 @@ method `inner(x, r, state, params)`: its value times S is appended to r. The lin
              the rule is linearised for all steps of a chunk at once, the reverse loop holds only that linear map and
              the recurrent products, and the gradients of R, S, W and b are one product each a chunk. `remat=True` keeps
              one state a chunk and computes the others again. Its gradient is exact; it has no forward-mode derivative.
+    "pallas" one TPU kernel forward and one backward (`pallas_recurrent.py`), of rules that are elementwise in the
+             features, with Dense maps and without `inner` and noise, where R fits into the chip's VMEM.
+             "pallas_interpret" is the same kernel interpreted, slowly and on any device, for tests
+    "auto"   "pallas" where the program is for one TPU and the kernel serves it, else "fused" (`choice.py`)
 """
 
 from collections.abc import Callable
@@ -29,6 +33,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ..names import unknown
+from .choice import CHOSEN_FORMS, choose, record, target
 
 State = Any  # a NamedTuple of arrays (B, ...) with a field h
 Gates = tuple[Array, ...]  # (B, ..., D) each
@@ -122,8 +127,8 @@ def recurrent(
     with R and before `inner` sees it; `noise`, arrays (B, T, ...), is handed to the rule step by step; neither has a
     gradient.
     """
-    if form not in FORMS:
-        raise ValueError(unknown("form of a recurrent cell", form, FORMS))
+    if form not in FORMS and form not in CHOSEN_FORMS:
+        raise ValueError(unknown("form of a recurrent cell", form, (*FORMS, *CHOSEN_FORMS)))
     if xs.shape[1] == 0:
         raise ValueError("xs has no time step (T = 0); at least one is needed")
     if chunk_size < 1:
@@ -131,8 +136,22 @@ def recurrent(
     given = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), Given(mask, reset, noise))
     weights = Weights(R, S, W, b, params)
     spec = Spec(rule, maps, jnp.dtype(dtype or R.dtype), remat, reverse)
-    ys, state = FORMS[form](spec, chunk_size, xs, weights, state, given, state_scale)
+    choice = record(choose(form, target(), partial(_plan, form, spec, xs, weights, state, given, state_scale)))
+    if choice.form == "pallas":
+        from .pallas_recurrent import run
+
+        ys, state = run(choice.plan, spec, xs, weights, state, given, state_scale)
+    else:
+        ys, state = FORMS[choice.form](spec, chunk_size, xs, weights, state, given, state_scale)
     return jnp.swapaxes(ys, 0, 1), state
+
+
+def _plan(form, *arguments):
+    """The kernel's plan for the target; imported here because Pallas is slow to load, and needed on a TPU only."""
+    from .pallas_recurrent import plan_for
+
+    *arguments, target = arguments
+    return plan_for(*arguments, vmem=target.vmem, cores=target.cores, interpret=form == "pallas_interpret")
 
 
 def project(spec: Spec, xs: Float[Array, "B T ..."], weights: Weights, dtype: DTypeLike) -> Float[Array, "T B ..."]:
