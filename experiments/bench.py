@@ -92,9 +92,9 @@ def run(
             highlight=False,
         )
         for case in chosen:
-            contenders = list(suites.contenders(suite, case, names))
+            contenders = list(suites.contenders(case, names))
             progress.show(f"{case.name}: gradients in float64")
-            checks = suites.check(suite, case)
+            checks = suites.check(case)
             bad = [
                 f"{case.name}: gradients of {form} are wrong by {c['error']}"
                 for form, c in checks.items()
@@ -103,7 +103,7 @@ def run(
             failed += bad
             for pass_ in case.targets:
                 entries = measure(case, pass_, contenders, checks, rounds, seconds, progress)
-                operations = suites.operations(suite, case, pass_)
+                operations = suites.operations(case, pass_)
                 rows = record.rows(stamp, case, pass_, entries, operations, machine)
                 record.add(out, suite, rows)
                 progress.done()

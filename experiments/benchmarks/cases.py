@@ -23,6 +23,15 @@ class Case(NamedTuple):
     def name(self) -> str:
         return f"{self.kind}-" + "x".join(map(str, self.sizes.values()))
 
+    def units(self) -> tuple[str | None, int]:
+        """What a run of a whole model works off, and how much of it."""
+        s = self.sizes
+        if self.kind == "parity":
+            return "steps", s["seeds"] * s["steps"]
+        if "layers" in s:
+            return "tokens", s["B"] * s.get("T", s.get("length"))
+        return None, 0
+
     def small(self) -> "Case":
         """The same for a machine that has no time: no target holds for it."""
         sizes = {axis: min(size, SMALL.get(axis, size)) for axis, size in self.sizes.items()}

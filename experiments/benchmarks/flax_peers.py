@@ -5,12 +5,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen, nnx
 
 from experiments.benchmarks import layers
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.layers import Data, Layer
-from experiments.benchmarks.timing import Program
+from experiments.benchmarks.timing import Program, jax_program
 from xlstm_jax import convert
 
 Build = Callable[[str], Program]
@@ -75,8 +76,51 @@ def nnx_rnn(case: Case, given: Data) -> Build:
     return program(Layer(apply, params, tuple(map(jnp.asarray, given.inputs))), given)
 
 
+class Tagger(linen.Module):
+    """The same model as ours on parity."""
+
+    width: int
+
+    @linen.compact
+    def __call__(self, tokens):
+        xs = linen.RNN(linen.OptimizedLSTMCell(self.width))(linen.Embed(3, self.width)(tokens))
+        return linen.Dense(3, use_bias=False)(linen.LayerNorm(use_bias=False)(xs))
+
+
+def parity(case: Case, given: None) -> Build:
+    """A scan of the training steps, symbols drawn in the step, one seed after another."""
+    s = case.sizes
+    module, shape = Tagger(s["H"]), (s["B"], s["T"])
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b2=0.95, weight_decay=0.1))
+
+    def start(key):
+        params = module.init(key, jnp.zeros(shape, int))
+        return params, tx.init(params), key
+
+    def step(state, _):
+        params, opt_state, key = state
+        key, now = jax.random.split(key)
+        tokens = jax.random.randint(now, shape, 1, 3)
+        answers = jnp.sum(tokens == 2, axis=1) % 2 + 1
+
+        def loss(params):
+            logits = module.apply(params, tokens)[:, -1]
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, answers))
+
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state, key), None
+
+    def runs(states):
+        return (jax.lax.map(lambda state: jax.lax.scan(step, state, None, length=s["steps"])[0], states),)
+
+    states = jax.jit(jax.vmap(start))(jax.random.split(jax.random.key(0), s["seeds"]))
+    count = sum(x.size for x in jax.tree.leaves(states[0])) // s["seeds"]
+    return lambda pass_: jax_program(runs, states, carry=True)._replace(parameters=count)
+
+
 PEERS = {
     "flax": {
+        "parity": {"flax linen, scan of steps": parity},
         "lstm": {"flax linen OptimizedLSTMCell": linen_rnn},
         "gru": {"flax linen GRUCell": linen_rnn},
         "bilstm": {"flax linen Bidirectional": linen_rnn},

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from experiments.benchmarks import layers
+from experiments.benchmarks import layers, whole
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.layers import Data, Layer
 from experiments.benchmarks.timing import Program
-from experiments.benchmarks.torch_peers import device, program, tensor
+from experiments.benchmarks.torch_peers import adamw, device, finish, parameters, program, tensor, update
+from experiments.benchmarks.whole import HEADS, VOCABULARY
 
 Build = Callable[[str], Program]
 
@@ -79,9 +80,87 @@ def jax_memory(case: Case, given: Data) -> Build:
     return lambda pass_: layers.program(layer, pass_, np.moveaxis(given.cotangent, 2, 1))
 
 
+def chunkwise_simple(case: Case, given: Data) -> Build:
+    """The xlstm package's chunkwise recurrence in torch."""
+    from xlstm.blocks.mlstm.backends import chunkwise_simple as kernel
+
+    L = min(64, case.sizes["T"])
+    inputs, cotangent = [tensor(a) for a in time_last(given)], tensor(np.moveaxis(given.cotangent, 2, 1))
+
+    def apply(*inputs):
+        hs = kernel(*inputs, chunk_size=L)
+        return hs[0] if isinstance(hs, tuple) else hs
+
+    return lambda pass_: program(apply, inputs, [], cotangent, pass_)
+
+
+def xlstm_step(case: Case, given: None) -> Build:
+    """A training step of the xlstm package's language model, vanilla backends."""
+    from xlstm import FeedForwardConfig, mLSTMBlockConfig, mLSTMLayerConfig, sLSTMBlockConfig, sLSTMLayerConfig
+    from xlstm.xlstm_lm_model import xLSTMLMModel, xLSTMLMModelConfig
+
+    s = case.sizes
+    a, b = (int(n) for n in case.kind.removeprefix("train[").removesuffix("]").split(":"))
+    mlstm = mLSTMBlockConfig(mlstm=mLSTMLayerConfig(conv1d_kernel_size=4, qkv_proj_blocksize=4, num_heads=HEADS))
+    layer = sLSTMLayerConfig(backend="vanilla", num_heads=HEADS, conv1d_kernel_size=4, dtype="float32")
+    slstm = sLSTMBlockConfig(slstm=layer, feedforward=FeedForwardConfig(proj_factor=1.3, act_fn="gelu"))
+    config = xLSTMLMModelConfig(
+        mlstm_block=mlstm if a else None,
+        slstm_block=slstm if b else None,
+        slstm_at=[n for n in range(s["layers"]) if n % (a + b) >= a],
+        context_length=s["T"],
+        num_blocks=s["layers"],
+        embedding_dim=s["D"],
+        vocab_size=VOCABULARY,
+    )
+    module = xLSTMLMModel(config).to(device())
+    module.reset_parameters()
+    optimizer, tokens = adamw(module), torch.randint(0, VOCABULARY, (s["B"], s["T"] + 1), device=device())
+
+    def run():
+        logits = module(tokens[:, :-1])
+        update(module, optimizer, torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+        finish()
+
+    return lambda pass_: Program(run, parameters=parameters(module))
+
+
+def xlstm_large(case: Case, given: None) -> Build:
+    """The 7B model's code at this width, torch kernels, in float32: a prompt, or generation after one token."""
+    from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
+
+    s = case.sizes
+    config = xLSTMLargeConfig(
+        embedding_dim=s["D"],
+        num_heads=HEADS,
+        num_blocks=s["layers"],
+        vocab_size=VOCABULARY,
+        mode="inference",
+        return_last_states=True,
+        chunkwise_kernel="chunkwise--native_autograd",
+        sequence_kernel="native_sequence__native",
+        step_kernel="native",
+        autocast_kernel_dtype="float32",
+    )
+    module, tokens = xLSTMLarge(config).to(device()), torch.from_numpy(whole.prompt(case)).long().to(device())
+
+    @torch.no_grad()
+    def run():
+        result = module(tokens) if case.kind == "prefill" else module.generate(tokens, s["length"])
+        finish()
+        return result
+
+    return lambda pass_: Program(run, parameters=parameters(module))
+
+
 PEERS = {
     "flashrnn": {"slstm": {"flashrnn vanilla_fwbw": flashrnn_slstm}},
-    "xlstm": {"slstm": {"xlstm vanilla": xlstm_slstm}},
+    "xlstm": {
+        "slstm": {"xlstm vanilla": xlstm_slstm},
+        "mlstm": {"xlstm chunkwise 64": chunkwise_simple},
+        **{kind: {"xlstm vanilla": xlstm_step} for kind in ("train[1:0]", "train[3:1]", "train[0:1]")},
+        **{kind: {"xlstm_large": xlstm_large} for kind in ("prefill", "decode")},
+    },
     "mlstm_kernels": {
         "mlstm": {
             "mlstm_kernels torch chunkwise 64": torch_memory("chunkwise--native_custbw"),

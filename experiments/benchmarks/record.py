@@ -55,6 +55,7 @@ def rows(
             "target": case.targets[pass_],
         }
         if entry.times:
+            unit, count = case.units()
             seconds, program = float(np.median(entry.times)), entry.program
             row |= {
                 "milliseconds": timing.spread(entry.times),
@@ -64,7 +65,9 @@ def rows(
                 "compile_seconds": rounded(program.compile_seconds),
                 "temp_bytes": program.temp_bytes,
                 "traffic_bytes": program.traffic_bytes,
+                "parameters": program.parameters,
                 "operations": operations,
+                "rate": {"unit": f"{unit}/s", "value": rounded(count / seconds)} if unit else None,
                 "share_of_products": rounded(operations and operations / seconds / machine.flops),
                 "share_of_bandwidth": rounded(
                     program.traffic_bytes and program.traffic_bytes / seconds / machine.bandwidth

@@ -21,15 +21,19 @@ class Program(NamedTuple):
     compile_seconds: float | None = None
     temp_bytes: int | None = None  # peak of what is neither argument nor result
     traffic_bytes: int | None = None  # arguments and results once, temporary arrays written and read
+    parameters: int | None = None
 
 
 class TooLarge(RuntimeError):
     """A program that the memory cannot hold."""
 
 
-def jax_program(function: Callable, *args: Any, **jit_options: Any) -> Program:
-    """Compiled ahead of the run; refused where it would not fit."""
-    lowered = jax.jit(function, **jit_options).lower(*args)
+def jax_program(function: Callable, *args: Any, carry: bool = False) -> Program:
+    """Compiled ahead of the run; refused where it would not fit.
+
+    carry: the first argument is donated, and the first of the results takes its place for the next run.
+    """
+    lowered = jax.jit(function, donate_argnums=0 if carry else ()).lower(*args)
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
@@ -39,7 +43,15 @@ def jax_program(function: Callable, *args: Any, **jit_options: Any) -> Program:
         outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
         traffic = outside + 2 * temp
         check_fits(temp + memory.output_size_in_bytes)
-    return Program(lambda: jax.block_until_ready(compiled(*args)), seconds, temp, traffic)
+    held = list(args)
+
+    def run():
+        results = jax.block_until_ready(compiled(*held))
+        if carry:
+            held[0] = results[0]
+        return results
+
+    return Program(run, seconds, temp, traffic)
 
 
 def check_fits(needed: int) -> None:

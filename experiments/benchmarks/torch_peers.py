@@ -74,8 +74,56 @@ def rnn(case: Case, given: Data) -> Callable[[str], Program]:
     return lambda pass_: program(apply, [xs], params, cotangent, pass_)
 
 
+def parity(case: Case, given: None) -> Callable[[str], Program]:
+    """The same model and optimiser, trained eagerly on symbols drawn in the step, one seed after another."""
+    s = case.sizes
+
+    class Tagger(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.rnn = torch.nn.Embedding(3, s["H"]), torch.nn.LSTM(s["H"], s["H"], batch_first=True)
+            self.norm, self.head = torch.nn.LayerNorm(s["H"], bias=False), torch.nn.Linear(s["H"], 3, bias=False)
+
+        def forward(self, tokens):
+            return self.head(self.norm(self.rnn(self.embedding(tokens))[0]))
+
+    def trained(seed):
+        torch.manual_seed(seed)
+        module = Tagger().to(device())
+        return module, adamw(module)
+
+    each = [trained(seed) for seed in range(s["seeds"])]
+
+    def run():
+        for module, optimizer in each:
+            for _ in range(s["steps"]):
+                tokens = torch.randint(1, 3, (s["B"], s["T"]), device=device())
+                answers = (tokens == 2).sum(dim=1) % 2 + 1
+                update(module, optimizer, torch.nn.functional.cross_entropy(module(tokens)[:, -1], answers))
+        finish()
+
+    return lambda pass_: Program(run, parameters=parameters(each[0][0]))
+
+
+def adamw(module: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def update(module: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One step of the optimiser, the gradient clipped to norm 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 PEERS = {
     "torch": {
+        "parity": {"torch nn.LSTM, eager": parity},
         "lstm": {"torch nn.LSTM": rnn},
         "gru": {"torch nn.GRU": rnn},
         "bilstm": {"torch nn.LSTM, packed": rnn},
