@@ -1,7 +1,7 @@
 """Times our forms beside the installed libraries: python -m experiments.bench --suite=cells|mlstm|train|decode|sweep
 
     --case=NAME,...            a case's name or a kind (default: all of the suite)
-    --peers=auto|none|NAME,... torch, flax, nnx, keras; flashrnn, xlstm, mlstm_kernels by --peer_path
+    --peers=auto|none|NAME,... torch, flax, nnx, keras; flashrnn, xlstm, mlstm_kernels, xlstm-jax by --peer_path
     --peer_path=NAME=DIR       the folder that holds a peer's package; several are possible
     --quick                    small sizes, few rounds, rows into runs/bench: to see it work
     --rounds=15 --seconds=20   samples of each program, and how long one may be sampled
@@ -14,6 +14,7 @@ our forms are checked against autodiff of the plain form in float64 in the same 
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
     console, failed = Console(width=None if sys.stdout.isatty() else 150), []
     if options.suite is not None:
         chosen = cases.choose(options.suite, options.case, options.quick)
-        names = peers.choose(options.peers, peers.add_paths(options.peer_path))
+        peers.add_paths(options.peer_path)
+        names = peers.choose(options.peers)
         writable(out)
         failed = run(options.suite, chosen, names, rounds, seconds, options.quick, out, console)
     if options.report:
@@ -92,9 +94,11 @@ def run(
             highlight=False,
         )
         for case in chosen:
-            contenders = list(suites.contenders(case, names))
             progress.show(f"{case.name}: gradients in float64")
-            checks = suites.check(case)
+            try:
+                contenders, checks = list(suites.contenders(case, names)), suites.check(case)
+            except (RuntimeError, MemoryError) as error:  # not even its inputs, or a slice of it, fit
+                contenders, checks = [Contender(record.OURS, record.DEFAULT, partial(peers.raising, error))], {}
             bad = [
                 f"{case.name}: gradients of {form} are wrong by {c['error']}"
                 for form, c in checks.items()
@@ -123,13 +127,11 @@ def measure(
             program = contender.build(pass_)
             got = contender.outputs(program.run()) if contender.outputs else None
             programs[contender.label] = program
-        except (RuntimeError, MemoryError) as error:
-            errors[contender.label] = launch.one_line(error)[:300]
-            continue
-        except Exception as error:  # whatever is wrong with another library is said in its row
-            if contender.library in (record.OURS, record.BOUND):
+        except Exception as error:  # too large; and whatever is wrong with another library is said in its row
+            mine = contender.library in (record.OURS, record.BOUND)
+            if mine and not isinstance(error, RuntimeError | MemoryError):
                 raise
-            errors[contender.label] = launch.one_line(error)[:300]
+            errors[contender.label] = launch.one_line(error)
             continue
         if got is not None:
             want = got if want is None else want
@@ -142,7 +144,7 @@ def measure(
         label = contender.label
         times = samples.get(label)
         if isinstance(times, Exception):
-            errors[label], times = launch.one_line(times)[:300], None
+            errors[label], times = launch.one_line(times), None
         entries.append(
             Entry(
                 contender.library,

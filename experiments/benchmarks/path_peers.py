@@ -1,14 +1,13 @@
-"""NX-AI's reference code, taken from the folders that --peer_path names; nothing of it is in this repository."""
+"""NX-AI's reference code in torch, from the folders that --peer_path names; nothing of it is in this repository."""
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 import numpy as np
 import torch
 
-from experiments.benchmarks import layers, whole
+from experiments.benchmarks import layers, peers, whole
 from experiments.benchmarks.cases import Case
-from experiments.benchmarks.layers import Data, Layer
+from experiments.benchmarks.layers import Data
 from experiments.benchmarks.timing import Program
 from experiments.benchmarks.torch_peers import adamw, device, finish, parameters, program, tensor, update
 from experiments.benchmarks.whole import HEADS, VOCABULARY
@@ -46,7 +45,12 @@ def xlstm_slstm(case: Case, given: Data) -> Build:
         batch_size=B,
         enable_automatic_mixed_precision=False,
     )
-    module = sLSTMCell(config).to(device())
+    module, ours = sLSTMCell(config), layers.cell(case, {})
+    R, b = (torch.from_numpy(np.array(a[...])) for a in (ours.R, ours.b))
+    with torch.no_grad():
+        module._recurrent_kernel_.copy_(module._recurrent_kernel_ext2int(R))
+        module._bias_.copy_(module._bias_ext2int(b.reshape(4, N, H // N).permute(1, 0, 2)))
+    module = module.to(device())
 
     def apply(xs):
         return module(xs.reshape(B, T, 4 * H))[0].transpose(1, 2).reshape(B, T, H)
@@ -55,29 +59,15 @@ def xlstm_slstm(case: Case, given: Data) -> Build:
     return lambda pass_: program(apply, [tensor(given.inputs[0])], params, tensor(given.cotangent), pass_)
 
 
-def time_last(given: Data) -> list[np.ndarray]:
-    """(B, T, N, ...) to (B, N, T, ...)."""
-    return [np.ascontiguousarray(np.moveaxis(a, 2, 1)) for a in given.inputs]
-
-
 def torch_memory(backend: str) -> Callable[[Case, Data], Build]:
     def build(case: Case, given: Data) -> Build:
         from mlstm_kernels.torch import get_mlstm_kernel
 
         kernel, L = get_mlstm_kernel(backend), min(64, case.sizes["T"])
-        inputs, cotangent = [tensor(a) for a in time_last(given)], tensor(np.moveaxis(given.cotangent, 2, 1))
+        inputs, cotangent = [tensor(a) for a in peers.heads_first(given)], tensor(np.moveaxis(given.cotangent, 2, 1))
         return lambda pass_: program(lambda *qkvif: kernel(*qkvif, chunk_size=L), inputs, [], cotangent, pass_)
 
     return build
-
-
-def jax_memory(case: Case, given: Data) -> Build:
-    from mlstm_kernels.jax.chunkwise.native import mlstm_chunkwise__native_autograd as kernel
-
-    L = min(64, case.sizes["T"])
-    inputs = tuple(map(jnp.asarray, time_last(given)))
-    layer = Layer(lambda params, inputs: kernel(*inputs, chunk_size=L), (), inputs)
-    return lambda pass_: layers.program(layer, pass_, np.moveaxis(given.cotangent, 2, 1))
 
 
 def chunkwise_simple(case: Case, given: Data) -> Build:
@@ -85,7 +75,7 @@ def chunkwise_simple(case: Case, given: Data) -> Build:
     from xlstm.blocks.mlstm.backends import chunkwise_simple as kernel
 
     L = min(64, case.sizes["T"])
-    inputs, cotangent = [tensor(a) for a in time_last(given)], tensor(np.moveaxis(given.cotangent, 2, 1))
+    inputs, cotangent = [tensor(a) for a in peers.heads_first(given)], tensor(np.moveaxis(given.cotangent, 2, 1))
 
     def apply(*inputs):
         hs = kernel(*inputs, chunk_size=L)
@@ -165,7 +155,6 @@ PEERS = {
         "mlstm": {
             "mlstm_kernels torch chunkwise 64": torch_memory("chunkwise--native_custbw"),
             "mlstm_kernels torch chunkwise 64, autograd": torch_memory("chunkwise--native_autograd"),
-            "mlstm_kernels jax chunkwise 64": jax_memory,
         }
     },
 }

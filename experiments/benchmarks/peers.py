@@ -3,6 +3,7 @@
 A peer is a dictionary of kinds, and a kind a dictionary of builders by label: builder(case, given) -> pass -> Program.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -19,62 +20,74 @@ from experiments.benchmarks.timing import Program
 from xlstm_jax.names import unknown
 
 Builder = Callable[[Case, Data], Callable[[str], Program]]
-MODULES = {  # peer: what it is written in, or the file that says so
-    "torch": "experiments.benchmarks.torch_peers",
-    "flax": "experiments.benchmarks.flax_peers",
-    "nnx": "experiments.benchmarks.flax_peers",
-    "keras": "experiments.benchmarks.keras_peers",
-    "flashrnn": "experiments.benchmarks.path_peers",
-    "xlstm": "experiments.benchmarks.path_peers",
-    "mlstm_kernels": "experiments.benchmarks.path_peers",
+MODULES = {  # peer: the files that hold what it has
+    "torch": ("torch_peers",),
+    "flax": ("flax_peers",),
+    "nnx": ("flax_peers",),
+    "keras": ("keras_peers",),
+    "flashrnn": ("path_peers",),
+    "xlstm": ("path_peers",),
+    "mlstm_kernels": ("path_peers", "path_jax_peers"),
+    "xlstm-jax": ("path_jax_peers",),
 }
-PACKAGE = {"nnx": "flax"}  # where it is not the peer's name
-BY_PATH = ("flashrnn", "xlstm", "mlstm_kernels")  # no package of theirs is taken but the one whose folder is given
+PACKAGE = {"nnx": "flax", "xlstm-jax": "xlstm_jax"}  # where it is not the peer's name
+BY_PATH = ("flashrnn", "xlstm", "mlstm_kernels", "xlstm-jax")  # taken from a folder that is given, and only from there
+FOLDERS: dict[str, Path] = {}  # of those
 
 
-def add_paths(given: list[str]) -> dict[str, Path]:
-    """Each "NAME=DIR" is put on the path of imports."""
-    paths = {}
+def add_paths(given: list[str]) -> None:
+    """Remember each "NAME=DIR", and let packages be imported from it but the one that is called as ours is."""
     for text in given:
         name, equals, folder = text.partition("=")
         if name not in BY_PATH:
             raise ValueError(unknown("peer in --peer_path", name, BY_PATH))
-        folder = Path(folder).expanduser().absolute()
-        if not equals or not (folder / name).is_dir():
-            raise ValueError(f"--peer_path={text}: wanted is {name}=DIR with the package's folder DIR/{name} in it")
-        paths[name] = folder
-        sys.path.insert(0, str(folder))
-    return paths
+        folder, package = Path(folder).expanduser().absolute(), PACKAGE.get(name, name)
+        if not equals or not (folder / package).is_dir():
+            raise ValueError(f"--peer_path={text}: wanted is {name}=DIR with the package's folder DIR/{package} in it")
+        FOLDERS[name] = folder
+        if name != "xlstm-jax" and str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
 
 
-def choose(names: str, paths: dict[str, Path]) -> list[str]:
+def choose(names: str) -> list[str]:
     """ "auto": all that are installed or whose path is given, "none", or "a,b"."""
     if names == "none":
         return []
     if names == "auto":
-        return [name for name in MODULES if installed(name, paths)]
+        return [name for name in MODULES if installed(name)]
     chosen = [name.strip() for name in names.split(",")]
     for name in chosen:
         if name not in MODULES:
             raise ValueError(unknown("peer", name, [*MODULES, "auto", "none"]))
-        if not installed(name, paths):
+        if not installed(name):
             how = f"--peer_path={name}=DIR" if name in BY_PATH else f"pip install {PACKAGE.get(name, name)}"
             raise ValueError(f"--peers={names}: {name} is not installed ({how})")
     return chosen
 
 
-def installed(name: str, paths: dict[str, Path]) -> bool:
-    """Whether it can be imported; those of NX-AI need torch beside them."""
+def installed(name: str) -> bool:
+    """Whether it can be imported; most of NX-AI's need torch beside them, which is said where it is missing."""
     if name in BY_PATH:
-        return name in paths and importlib.util.find_spec("torch") is not None
+        return name in FOLDERS
     return importlib.util.find_spec(PACKAGE.get(name, name)) is not None
 
 
 def builders(name: str, kind: str) -> dict[str, Builder]:
-    """By label; none where the peer has no such thing. ImportError where the peer's own imports fail."""
+    """By label; none where the peer has no such thing. Where its imports fail, building says so."""
     if name == "keras":
         os.environ.setdefault("KERAS_BACKEND", "jax")  # it is read once, when keras is imported
-    return importlib.import_module(MODULES[name]).PEERS[name].get(kind, {})
+    found = {}
+    for file in MODULES[name]:
+        try:
+            found |= importlib.import_module(f"experiments.benchmarks.{file}").PEERS[name].get(kind, {})
+        except ImportError as error:
+            found[name] = functools.partial(raising, error)
+    return found
+
+
+def raising(error: ImportError, *_: object) -> None:
+    """In the place of a builder that cannot be had."""
+    raise error
 
 
 def version(name: str) -> str | None:
@@ -85,7 +98,6 @@ def version(name: str) -> str | None:
         return None
 
 
-def lengths_or_full(given: Data) -> np.ndarray:
-    """Of each row."""
-    B, T = given.inputs[0].shape[:2]
-    return np.full(B, T) if given.lengths is None else given.lengths
+def heads_first(given: Data) -> list[np.ndarray]:
+    """The mLSTM's inputs (B, T, N, ...) as (B, N, T, ...)."""
+    return [np.ascontiguousarray(np.moveaxis(a, 2, 1)) for a in given.inputs]

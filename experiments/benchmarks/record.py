@@ -49,7 +49,7 @@ def rows(
             "pass": pass_,
             "library": entry.library,
             "implementation": entry.label,
-            "error": entry.error,
+            "error": entry.error and " ".join(entry.error.split())[:300],
             "gradient_check": entry.check,
             "difference": entry.difference,
             "target": case.targets[pass_],

@@ -1,5 +1,6 @@
 """The page and the picture of a benchmark, from its rows alone."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ DETAILS = (
     "of product peak",
     "of bandwidth",
     "difference",
+    "parameters",
+    "rate",
 )
 
 
@@ -139,6 +142,8 @@ def details(row: Row) -> list[str]:
         share(row["share_of_products"]),
         share(row["share_of_bandwidth"]),
         "–" if row["difference"] is None else f"{row['difference']:.0e}",
+        number(row["parameters"]),
+        f"{number(row['rate']['value'])} {row['rate']['unit']}" if row["rate"] else "–",
     ]
 
 
@@ -193,7 +198,7 @@ def page(rows: list[Row]) -> str:
         here = [row for row in rows if device_name(row) == name]
         machines = [row["machine"] for row in here]
         versions = {k: v for row in here for k, v in row["versions"].items() if v}
-        commits = ", ".join(sorted({str(row["commit"])[:10] for row in here}))
+        commits = ", ".join(sorted({re.sub(r"(?<=^.{10})\w+", "", str(row["commit"])) for row in here}))
         small = "Small sizes, few rounds: no measurement.\n" if any(row["quick"] for row in here) else ""
         parts += [
             f"\n## {name}\n\n{small}",

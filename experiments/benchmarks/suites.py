@@ -36,11 +36,7 @@ def contenders(case: Case, names: list[str]) -> Iterator[Contender]:
         for form, build in whole.forms(case).items():
             yield Contender(OURS, form, build, logits)
     for name in names:
-        try:
-            found = peers.builders(name, case.kind)
-        except ImportError as error:
-            found = {name: partial(raising, error)}
-        for label, builder in found.items():
+        for label, builder in peers.builders(name, case.kind).items():
             yield Contender(name, label, lambda pass_, builder=builder: builder(case, given)(pass_), outputs)
 
 
@@ -55,11 +51,6 @@ def layer_outputs(given: Data, result: Any) -> np.ndarray:
     ys, shape = np.asarray(ys.cpu() if hasattr(ys, "cpu") else ys), given.cotangent.shape
     ys = ys if ys.shape == shape else np.moveaxis(ys, 1, 2)
     return ys if given.lengths is None else ys * (np.arange(shape[1])[None, :, None] < given.lengths[:, None, None])
-
-
-def raising(error: Exception, *_) -> None:
-    """In the place of a builder that cannot be had."""
-    raise error
 
 
 def check(case: Case) -> dict[str, dict[str, Any]]:

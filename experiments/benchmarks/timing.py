@@ -116,14 +116,10 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def ratio(ours: list[float], other: list[float]) -> dict[str, float]:
     """Of the medians, and the quartiles of the ratios within a round."""
-    pairs = np.divide(*zip(*((a, b) for a, b in zip(ours, other))))
+    pairs = [a / b for a, b in zip(ours, other)]
     low, high = np.quantile(pairs, (0.25, 0.75))
-    middle = np.median(ours) / np.median(other)
-    return {
-        "median": round(float(middle), 4),
-        "lower_quartile": round(float(low), 4),
-        "upper_quartile": round(float(high), 4),
-    }
+    found = dict(median=np.median(ours) / np.median(other), lower_quartile=low, upper_quartile=high)
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
 def cores() -> int:
