@@ -105,7 +105,7 @@ def test_rounds_are_interleaved_and_bounded():
     found = timing.interleave(patient, rounds=4, seconds=100.0)
     assert len(found["a"]) == len(found["b"]) == 4 and str(found["c"]) == "gone"
     runs = "".join(name for name, before in zip(calls, [None, *calls]) if name != before)
-    assert runs == "ababa" + "b"[:0] + runs[5:] and len(runs) <= 6
+    assert runs == "abababa"  # a trial of each, then ab, ba, ab, ba
     assert len(timing.interleave({"a": program("a")}, 9, 1e-12)["a"]) == timing.LEAST_SAMPLES
 
 
