@@ -4,7 +4,7 @@
     --peers=auto|none|NAME,... torch, flax, nnx, keras; flashrnn, xlstm, mlstm_kernels, xlstm-jax by --peer_path
     --peer_path=NAME=DIR       the folder that holds a peer's package; several are possible
     --quick                    small sizes, few rounds, rows into runs/bench: to see it work
-    --rounds=15 --seconds=20   samples of each program, and how long one may be sampled
+    --rounds=15 --seconds=10   samples of each program, and how long one may be sampled
     --out=results/bench        rows, one file a suite
     --report                   writes docs/speed.md and speed.png from all rows there (alone: without timing anything)
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     if options.suite is None and not options.report:
         raise ValueError(f"--suite is missing: {', '.join(cases.SUITES)} (or --report alone)")
     rounds = options.rounds if options.rounds is not None else QUICK_ROUNDS if options.quick else 15
-    seconds = options.seconds if options.seconds is not None else QUICK_SECONDS if options.quick else 20.0
+    seconds = options.seconds if options.seconds is not None else QUICK_SECONDS if options.quick else 10.0
     if rounds < 1 or not seconds > 0:
         raise ValueError(f"--rounds={rounds} --seconds={seconds}: at least 1 round and more than 0 seconds are needed")
     out = options.out or (QUICK_OUT if options.quick else OUT)
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
         peers.add_paths(options.peer_path)
         names = peers.choose(options.peers)
         writable(out)
+        jax.config.update("jax_enable_compilation_cache", False)  # compile times are those of a first run
         failed = run(options.suite, chosen, names, rounds, seconds, options.quick, out, console)
     if options.report:
         writable(docs)
@@ -125,7 +126,9 @@ def measure(
         progress.show(f"{case.name}, {pass_}: compiling {contender.label}")
         try:
             program = contender.build(pass_)
-            got = contender.outputs(program.run()) if contender.outputs else None
+            results = program.run()
+            got = contender.outputs(results) if contender.outputs else None
+            del results
             programs[contender.label] = program
         except Exception as error:  # too large; and whatever is wrong with another library is said in its row
             mine = contender.library in (record.OURS, record.BOUND)

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from experiments.benchmarks import timing
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.layers import Data
 from experiments.benchmarks.timing import Program
@@ -30,6 +32,7 @@ MODULES = {  # peer: the files that hold what it has
     "mlstm_kernels": ("path_peers", "path_jax_peers"),
     "xlstm-jax": ("path_jax_peers",),
 }
+IN_TORCH = ("torch_peers", "path_peers")  # timed with all threads and with one: the faster counts
 PACKAGE = {"nnx": "flax", "xlstm-jax": "xlstm_jax"}  # where it is not the peer's name
 BY_PATH = ("flashrnn", "xlstm", "mlstm_kernels", "xlstm-jax")  # taken from a folder that is given, and only from there
 FOLDERS: dict[str, Path] = {}  # of those
@@ -79,10 +82,34 @@ def builders(name: str, kind: str) -> dict[str, Builder]:
     found = {}
     for file in MODULES[name]:
         try:
-            found |= importlib.import_module(f"experiments.benchmarks.{file}").PEERS[name].get(kind, {})
+            here = importlib.import_module(f"experiments.benchmarks.{file}").PEERS[name].get(kind, {})
         except ImportError as error:
-            found[name] = functools.partial(raising, error)
+            here = {name: functools.partial(raising, error)}
+        found |= here
+        if file in IN_TORCH and timing.cores() > 1 and jax.default_backend() == "cpu":
+            found |= {f"{label}, 1 thread": functools.partial(one_thread, each) for label, each in here.items()}
     return found
+
+
+def one_thread(builder: Builder, case: Case, given: Data) -> Callable[[str], Program]:
+    """The same with one thread: many small operations one after another are slower on several."""
+    import torch
+
+    build = builder(case, given)
+
+    def with_one(pass_):
+        program = build(pass_)
+
+        def run():
+            torch.set_num_threads(1)
+            try:
+                return program.run()
+            finally:
+                torch.set_num_threads(timing.cores())
+
+        return program._replace(run=run)
+
+    return with_one
 
 
 def raising(error: ImportError, *_: object) -> None:

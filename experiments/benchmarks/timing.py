@@ -78,13 +78,13 @@ def interleave(
 ) -> dict[str, list[float] | Exception]:
     """Seconds of each program in each round, all in turn, every second round backwards; what it raised if it failed.
 
+    Each has run once before, and runs once more to see how often it must run for one sample.
     A program that has had `seconds` and LEAST_SAMPLES samples is left out of later rounds.
     """
     found: dict[str, list[float] | Exception] = {}
     repeats = {}
     for name, program in programs.items():
         try:
-            program.run()
             start = time.perf_counter()
             program.run()
             once = time.perf_counter() - start
