@@ -84,7 +84,7 @@ BAD = {
     "activation": (lambda: build(backbone="xlstm[0:1]", ffn_activation="gelo"), "unknown activation 'gelo'.*gelu"),
     "large heads": (
         lambda: build(backbone="xlstm_large", num_heads=3),
-        r"num_heads=3 must divide 4 \(q, k\) and 8 \(v\)",
+        "num_heads=3 must divide the widths 4 of q and k, 8 of v",
     ),
     "large form": (lambda: build(backbone="xlstm_large", form="scan"), "unknown form of MLSTMLargeLayer 'scan'"),
     "final norm": (lambda: build(final_norm="rsm"), "unknown final_norm 'rsm'; nearest: rms"),

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from xlstm_jax import convert, models
+from xlstm_jax.convert.pretrained import aligned
 
 LARGE = dict(vocab_size=11, backbone="xlstm_large", dim=16, num_layers=3, num_heads=2, logit_cap=30.0)
 BLOCKS = dict(backbone="xlstm", dim=16, num_layers=3, slstm_at=(1,), mlstm_num_heads=2, slstm_num_heads=4)
@@ -113,8 +114,7 @@ def test_into_a_sharding_another_dtype_and_form(tmp_path):
 
 
 def test_weights_are_not_copied_once_more():
-    from xlstm_jax.convert.pretrained import aligned
-
+    """An aligned host array is taken by a CPU device as it is."""
     array = aligned((300, 5), np.float32)
     assert jnp.asarray(jax.device_put(array)).unsafe_buffer_pointer() == array.ctypes.data
 
@@ -136,7 +136,7 @@ def change(folder, tensors=None, **fields):
     (folder / "config.json").write_text(json.dumps({key: x for key, x in config.items() if x != "gone"}))
 
 
-FFN, HEAD, EMBEDDING = "backbone.blocks.1.ffn.proj_up.weight", "lm_head.weight", "backbone.embeddings.weight"
+FFN, HEAD = "backbone.blocks.1.ffn.proj_up.weight", "lm_head.weight"
 ZEROS = np.zeros((2, 2), np.float32)
 
 
@@ -203,13 +203,19 @@ def test_bad_checkpoints_of_the_block_stack(tmp_path):
     with pytest.raises(ValueError, match="which one is meant?"):
         convert.load_pretrained(tmp_path / "stack")
     config = json.loads((file.parent / "config.json").read_text())
-    config["slstm_block"]["slstm"]["function"] = "lstm"
-    (file.parent / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="slstm_block.slstm.function is 'lstm'|which one"):
+    save_file(tensors, file)
+    other = config | {"slstm_block": {"slstm": {"function": "lstm"}}}
+    (file.parent / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="slstm_block.slstm.function is 'lstm'"):
+        convert.load_pretrained(tmp_path / "stack")
+    (file.parent / "config.json").write_text(json.dumps(config | {"slstm_at": 2}))
+    with pytest.raises(ValueError, match="slstm_at is 2; a list of places"):
+        convert.load_pretrained(tmp_path / "stack")
+    (file.parent / "config.json").write_text(json.dumps(config | {"slstm_block": None, "mlstm_block": None}))
+    with pytest.raises(ValueError, match="neither mlstm_block nor slstm_block"):
         convert.load_pretrained(tmp_path / "stack")
     (file.parent / "config.json").rename(file.parent / "config.yaml")
     (file.parent / "config.yaml").write_text(yaml.safe_dump(config | {"slstm_block": 3}))
-    save_file(tensors, file)
     with pytest.raises(ValueError, match="slstm_block is 3, not named fields"):
         convert.load_pretrained(tmp_path / "stack")
 
@@ -243,6 +249,15 @@ def test_nothing_is_saved_that_does_not_fit(tmp_path):
         (other, "new", {}, "not blocks of Attention"),
         (build(**LARGE | dict(tie_weights=True)), "new", dict(format="nxai"), "no tied weights"),
         (build(**LARGE | dict(input_gate="sigmoid")), "new", {}, "not 'sigmoid'"),
+        (build(**BLOCKS | dict(vocab_size=5, logit_cap=3.0)), "new", dict(format="nxai"), "no cap of the logits"),
+        (build(**BLOCKS | dict(final_norm="rms")), "new", dict(format="nxai"), "ends with a layer norm"),
+        (build(**LARGE | dict(final_norm="layer")), "new", {}, "ends with an RMS norm"),
+        (
+            models.Tagger(num_classes=2, **BLOCKS, vocab_size=5, rngs=nnx.Rngs(0)),
+            "new",
+            {},
+            "or BlockStack, not Tagger",
+        ),
     ]
     for model, folder, options, message in cases:
         with pytest.raises(ValueError, match=message):

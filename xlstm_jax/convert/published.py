@@ -9,7 +9,7 @@ from ..blocks import MLSTMLayer, SLSTMLayer
 from ..blocks_large import MLSTMLargeLayer
 from ..cells.base import Cell
 from ..layers import round_up
-from ..models import LM
+from ..models import LM, BlockStack
 from .files import Weights
 from .tensors import Family, blocks_of, family_of
 
@@ -60,10 +60,9 @@ def large_arguments(fields: Fields, norm_bias: bool) -> dict[str, Any]:
         raise ValueError(f"{fields.source} is of model_type {fields.get('model_type')!r}; 'xlstm' is wanted")
     dim = fields.number("hidden_size", None, "embedding_dim")
     width = fields.number("ffn_proj_factor", 2.6667, kind=float) * dim
-    caps = {
-        name: fields.number(theirs, 0, kind=float) or None
-        for name, theirs in (("gate_cap", "gate_soft_cap"), ("logit_cap", "output_logit_soft_cap"))
-    }
+    caps = {}  # none where the field is null
+    for name, theirs, usual in (("gate_cap", "gate_soft_cap", 15.0), ("logit_cap", "output_logit_soft_cap", 30.0)):
+        caps[name] = fields.number(theirs, 0.0 if theirs in fields.values else usual, kind=float) or None
     return dict(
         vocab_size=fields.number("vocab_size"),
         backbone="xlstm_large",
@@ -88,8 +87,12 @@ def xlstm_arguments(fields: Fields, family: Family) -> dict[str, Any]:
     dim, num_layers = fields.number("embedding_dim"), fields.number("num_blocks")
     m_block, s_block = fields.part("mlstm_block"), fields.part("slstm_block")
     places = fields.get("slstm_at", [])
+    if m_block is None and s_block is None:
+        raise ValueError(f"{fields.source} has neither mlstm_block nor slstm_block")
     if places == "all" or m_block is None:
         places = range(num_layers)
+    elif not isinstance(places, list):
+        raise ValueError(f"{fields.source}: slstm_at is {places!r}; a list of places, or 'all', is needed")
     arguments = dict(
         backbone="xlstm",
         dim=dim,
@@ -150,6 +153,7 @@ def describe(model: Cell, format: str, layout: str | None) -> tuple[Family, dict
     if other is not None:
         raise ValueError(f"only xLSTM models as published can be saved so, not blocks of {type(other).__name__}")
     large = isinstance(mixers[0], MLSTMLargeLayer)
+    check_published(model, large)
     valid = ("single", "fused") if large else ("vanilla", "cuda")
     if layout not in (None, *valid):
         raise ValueError(f"layout={layout!r} is not one of this model's, which are {' and '.join(map(repr, valid))}")
@@ -169,6 +173,18 @@ def describe(model: Cell, format: str, layout: str | None) -> tuple[Family, dict
         )
     names = dict(hidden_size=config["embedding_dim"], num_hidden_layers=config["num_blocks"])
     return Family("hf", layout), config | names | HF | dict(tie_word_embeddings=model.tie_weights), "config.json"
+
+
+def check_published(model: Cell, large: bool) -> None:
+    """Nothing that the published models lack, and that would be lost."""
+    if not isinstance(model, LM) and (large or not isinstance(model, BlockStack)):
+        raise ValueError(f"xLSTM models are saved as LM{'' if large else ' or BlockStack'}, not {type(model).__name__}")
+    if not large and isinstance(model, LM) and model.logit_cap:
+        raise ValueError(f"NX-AI's xLSTMLMModel has no cap of the logits, as this model has ({model.logit_cap})")
+    norm = model.norm
+    if norm is not None and (norm.mean == large or (not large and norm.epsilon != 1e-5)):
+        wanted = "an RMS norm" if large else "a layer norm with epsilon 1e-5"
+        raise ValueError(f"the published model ends with {wanted}, unlike this one")
 
 
 def large_config(model: LM, layout: str) -> dict[str, Any]:
