@@ -62,8 +62,7 @@ def build_task(plain: dict[str, Any]):
     name = options.pop("name", None)
     if name not in tasks.TASKS:
         raise ValueError(unknown("config.task.name", name, tasks.TASKS))
-    fields = [field.name for field in dataclasses.fields(tasks.TASKS[name]) if field.init]
-    _check_options("task", options, dict.fromkeys(fields))  # `tasks.make` knows their types
+    _check_options("task", options, dict.fromkeys(options_of(plain, "task")))  # `tasks.make` knows their types
     with _about("task"):
         task = tasks.make(name, **options)
     if plain["kind"] == "lm" and task.num_classes != task.vocab_size:
@@ -73,7 +72,7 @@ def build_task(plain: dict[str, Any]):
 
 def build_model(plain: dict[str, Any], task, seed) -> nnx.Module:
     """The model of the resolved config, initialised from the seed."""
-    _check_options("model", plain["model"], _model_options())
+    _check_options("model", plain["model"], options_of(plain, "model"))
     rngs = nnx.Rngs(jax.random.key(seed))
     with _about("model"):
         if plain["kind"] == "lm":
@@ -95,9 +94,7 @@ def abstract_model(plain: dict[str, Any], task) -> tuple[nnx.GraphDef, PyTree]:
 
 def build_optimizer(plain: dict[str, Any]):
     """The optimiser of the resolved config; its number of steps is the run's."""
-    options = _annotations(optim.make)
-    del options["steps"]
-    _check_options("optimizer", plain["optimizer"], options)
+    _check_options("optimizer", plain["optimizer"], options_of(plain, "optimizer"))
     if "learning_rate" not in plain["optimizer"]:
         raise ValueError("config.optimizer.learning_rate is missing")
     with _about("optimizer"):
@@ -125,6 +122,16 @@ def _check_options(section: str, options: dict[str, Any], valid: dict[str, Any])
             raise ValueError(f"config.{section}.{name} is {value!r} ({given}): {wanted} is needed")
 
 
+def options_of(plain: dict[str, Any], section: str) -> dict[str, Any]:
+    """Every option that a section of this config may hold, and its annotation."""
+    if section == "model":
+        return _model_options()
+    if section == "optimizer":
+        return {name: kind for name, kind in _annotations(optim.make).items() if name != "steps"}
+    kind = tasks.TASKS.get(plain.get("task", {}).get("name")) if section == "task" else None
+    return {field.name: field.type for field in dataclasses.fields(kind) if field.init} if kind else {}
+
+
 @functools.cache
 def _model_options() -> dict[str, Any]:
     """Every option that some model, cell or mixer takes, and its annotation."""
@@ -148,6 +155,6 @@ def _about(section: str):
         yield
     except (TypeError, ValueError, ArithmeticError) as error:
         words = " ".join(str(error).split())
-        if foreign := re.search(r"unexpected keyword argument '(\w+)'", words):
+        if foreign := re.search(r"unknown option of \w+ '(\w+)'", words):
             words = f"{foreign[1]} is no option of this {section}, only of others"
         raise ValueError(f"config.{section}: {words}") from error

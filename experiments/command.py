@@ -5,13 +5,15 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class Arguments(argparse.ArgumentParser):
     """A parser whose complaints are a ValueError, one line as all others."""
 
     def __init__(self, name: str, doc: str):
-        super().__init__(prog=f"experiments.{name}", description=doc.splitlines()[0], allow_abbrev=False)
+        layout = argparse.RawDescriptionHelpFormatter  # the docstring as it stands
+        super().__init__(prog=f"experiments.{name}", description=doc, formatter_class=layout, allow_abbrev=False)
 
     def error(self, message: str):
         raise ValueError(message)
@@ -28,6 +30,13 @@ class Arguments(argparse.ArgumentParser):
         return options
 
 
+def folder(text: str) -> Path:
+    """The value of --workdir."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a folder")
+    return Path(text)
+
+
 def fail(message: object, code: int = 2) -> int:
     """Say what was wrong in one line on stderr; returns the exit code."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
@@ -42,7 +51,9 @@ def exit_code(main: Callable[..., int]) -> Callable[..., int]:
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what the one line says
         try:
             return main(*args, **options)
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            return fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+        except ValueError as error:
             return fail(error)
         except KeyboardInterrupt:
             return fail("interrupted; the same command goes on", 130)

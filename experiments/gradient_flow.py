@@ -1,7 +1,8 @@
 """Why LSTMs remember: python -m experiments.gradient_flow --workdir=DIR [--steps=500 --dim=64 --cells=lstm,gru ...]
 
 Draws |dL/ds_t| against the distance T - t for cells at their initialisation, and how long their forget gates keep what
-they hold. L is a random projection of the last output; the inputs are white noise, or the tokens of a task (one-hot).
+they hold. L is a random projection of the last output; the inputs are white noise, or the tokens of a task (one-hot):
+a task gives its inputs alone, not its loss, so that a lag means the same with all of them.
 Writes DIR/gradient_flow.png and DIR/gradient_flow.jsonl, one row a cell and initialisation. It computes in float64, so
 that what vanishes is seen and not rounded to zero. The norm is over all fields of the state as the cell holds them:
 c, n and C of sLSTM and mLSTM are in units of exp(m), which change from step to step, and the curves' scale with them.
@@ -22,6 +23,7 @@ from flax import nnx
 from experiments import command
 from experiments.train import use_compilation_cache
 from xlstm_jax import analysis, cells, metrics, tasks
+from xlstm_jax.models.backbone import BARE
 from xlstm_jax.names import unknown
 from xlstm_jax.tasks.formal import FormalLanguage
 
@@ -98,8 +100,14 @@ def choose(names: str) -> list[tuple[str, str, dict]]:
     chosen = []
     for name in names.split(","):
         if name not in cells.CELLS:
-            raise ValueError(unknown("cell", name, cells.CELLS))
-        chosen += [row for row in ROWS if row[0] == name] or [(name, cells.CELLS[name].__name__, {})]
+            raise ValueError(unknown("cell", name, BARE))
+        rows = [row for row in ROWS if row[0] == name]
+        if not rows and name not in BARE:
+            raise ValueError(
+                f"--cells={name}: this laboratory feeds vectors to cells of one width that need no further options;"
+                f" it takes {', '.join(BARE)}"
+            )
+        chosen += rows or [(name, cells.CELLS[name].__name__, {})]
     return chosen
 
 
@@ -131,10 +139,7 @@ def probe(graphdef, params, xs, direction) -> tuple[jax.Array, jax.Array | None,
 def measure(name: str, options: dict[str, Any], xs: jax.Array, settings: Settings) -> Measured:
     """One cell, initialised from the seed."""
     rngs = nnx.Rngs(jax.random.key(settings.seed))
-    try:
-        cell = cells.CELLS[name](xs.shape[-1], settings.dim, param_dtype=jnp.float64, rngs=rngs, **options)
-    except TypeError as error:
-        raise ValueError(f"the cell {name} needs options, in a row of its own in ROWS: {error}") from error
+    cell = cells.CELLS[name](xs.shape[-1], settings.dim, param_dtype=jnp.float64, rngs=rngs, **options)
     direction = jax.random.normal(jax.random.key(settings.seed + 1), (settings.dim,), jnp.float64)
     norms, log_forget, saturation = jax.device_get(probe(*nnx.split(cell), xs, direction))
     shares = {gate: [round(float(share.mean()), 4) for share in shares] for gate, shares in saturation.items()}
@@ -243,13 +248,16 @@ def record(row: tuple, each: Measured, settings: Settings) -> dict[str, Any]:
 @command.exit_code
 def main(argv: list[str]) -> int:
     arguments = command.Arguments("gradient_flow", __doc__)
-    arguments.add_argument("--workdir", type=Path, required=True, help="folder for the picture and the numbers")
+    arguments.add_argument(
+        "--workdir", type=command.folder, required=True, help="folder for the picture and the numbers"
+    )
     arguments.add_argument("--steps", type=int, default=500, help="T")
     arguments.add_argument("--dim", type=int, default=64, help="width of the cells")
     arguments.add_argument("--batch", type=int, default=8, help="rows")
     arguments.add_argument("--seed", type=int, default=0, help="of the parameters, the inputs and the projection")
-    arguments.add_argument("--task", default="noise", help="whose tokens are the inputs; noise: white noise")
-    arguments.add_argument("--cells", default=",".join(dict.fromkeys(row[0] for row in ROWS)), help="a,b,...")
+    arguments.add_argument("--task", default="noise", help="whose inputs, not its loss; noise: white noise")
+    names = ",".join(dict.fromkeys(row[0] for row in ROWS))
+    arguments.add_argument("--cells", default=names, help=f"a,b,... of {', '.join(BARE)}; default: {names}")
     options = arguments.parse_args(argv)
     settings = Settings(*(getattr(options, name) for name in Settings._fields))
     for name, least in {"steps": 2, "dim": 1, "batch": 1, "seed": 0}.items():

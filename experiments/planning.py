@@ -1,6 +1,7 @@
 """From `--config=FILE.py[:arg] --config.a.b=v` to the runs of a sweep: their overrides, and an id for each."""
 
 import ast
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments.build import abstract_model, build_optimizer, build_task, flatten, resolve
+from experiments.build import abstract_model, build_optimizer, build_task, flatten, options_of, resolve
 from xlstm_jax.names import unknown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,8 +123,14 @@ def override(base: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
             if section not in sections:
                 raise ValueError(unknown("section", section, sorted(sections - {""})))
             fields[name] = value
+        if inside := [field for field in fields if field.startswith(f"{name}.")]:
+            raise ValueError(
+                f"{name} is a section of the config: change one of its fields, such as --config.{inside[0]}=VALUE"
+            )
         if name not in fields:
-            raise ValueError(unknown("field", name, fields))
+            raise ValueError(_no_field(base, fields, name, value))
+        if isinstance(fields[name], float) and value in ("nan", "inf", "-inf"):  # no literals, but numbers
+            value = float(value)
         if isinstance(fields[name], float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if fields[name] is not None and value is not None and type(value) is not type(fields[name]):
@@ -137,6 +144,34 @@ def override(base: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
             owner = owner[parent]
         owner[last] = value
     return config.lock()
+
+
+def _no_field(base: ConfigDict, fields: dict[str, Any], name: str, value: Any) -> str:
+    """One line: the nearest field, or option that the config does not list, of the same section."""
+    section, _, last = name.rpartition(".")
+    listed = [field for field in fields if field.rpartition(".")[0] == section]
+    options = [f"{section}.{option}" for option in options_of(base.to_dict(), section)]
+    if not listed:
+        return unknown("field", name, fields)
+    found = difflib.get_close_matches(name, {*listed, *options}, n=1)
+    if not found or found[0] in listed:
+        return unknown("field", name, listed)
+    return f"the config does not list {name!r}: --config.+{found[0]}={value} adds the option {found[0]}"
+
+
+def headline(source: str, module: ModuleType, configs: list[ConfigDict], workdir: Path) -> str:
+    """What is about to run: file, preset, models, tasks, folder."""
+    path, _, arg = source.partition(":")
+    presets = list(getattr(module, "PRESETS", ()))
+    preset = next((name for name in presets if name in arg.split(",")), None)
+    if presets and preset is None:
+        preset = f"{presets[0]} (as none is named; there are {', '.join(presets)})"
+    words = [path, f"preset {preset}" if preset else f"argument {arg or 'none'}"]
+    for what, section, field in (("model", "model", "backbone"), ("task", "task", "name")):
+        named = dict.fromkeys(str(c.get(section, {}).get(field)) for c in configs)
+        words.append(f"{what} {', '.join(named)}")
+    runs = f"{len(configs)} runs, " if len(configs) > 1 else ""
+    return f"{'; '.join(words)}; {runs}folder {workdir}"
 
 
 def run_id(overrides: dict[str, Any]) -> str:

@@ -4,6 +4,9 @@ DIR/sweep.json       the base config; another config is refused
 DIR/results.jsonl    one row a finished run
 DIR/runs/<id>/       the run's own folder; error.txt if it failed
 DIR/locks/<id>       held by the process that runs it, released by the system even if that process is killed
+
+A row's `seconds` are those of training and evaluation, added up over all calls that it took (a killed run's first part
+included); its `wall_seconds` are those of the last call alone, set-up included: what the time left is reckoned from.
 """
 
 import contextlib
@@ -58,7 +61,7 @@ def read(workdir: Path) -> dict[str, dict]:
     """Rows of the finished runs by id; a last line cut short by a kill is left out."""
     found = {}
     for number, row in enumerate(metrics.read(workdir / RESULTS), start=1):
-        if not isinstance(row, dict) or not row.keys() >= {"id", "overrides"}:
+        if not row.keys() >= {"id", "overrides"}:
             raise ValueError(f"{workdir / RESULTS}, line {number} is no result row: restore or delete the line")
         found[row["id"]] = row
     return found
@@ -121,6 +124,6 @@ def last_metrics(workdir: Path, run: Run) -> dict:
         for line in reversed(lines.read().split(b"\n")[:-1]):
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                if row.get("split") == "train":
+                if isinstance(row, dict) and row.get("split") == "train":
                     return row
     return {}

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments import command, launch, rows
-from experiments.planning import Sweep, load, validate
+from experiments.planning import Sweep, headline, load, validate
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = command.Arguments("sweep", __doc__)
     parser.add_argument("action", choices=("plan", "run", "status"))
     parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=command.folder, required=True)
     parser.add_argument("--launcher", choices=("inline", "local"), default="inline")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--index", type=int)
@@ -56,9 +56,15 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
         return 0
     if options.index is not None and not 0 <= options.index < len(sweep.runs):
         raise ValueError(f"--index={options.index}: the sweep has runs 0 to {len(sweep.runs) - 1}")
+    if options.workers < 1:
+        raise ValueError(f"--workers={options.workers}: at least 1 is needed")
+    configs = [sweep.config(run) for run in sweep.runs]
+    say(console, headline(sweep.source, sweep.module, configs, workdir))
     if run_one is train.run:
         validate(sweep)
     rows.prepare(workdir, sweep)
+    if all(run.id in rows.read(workdir) for run in sweep.runs):
+        say(console, "every run was finished already: nothing to train")
     if options.index is not None:
         asked = sweep.runs[options.index : options.index + 1]
         launch.inline(sweep, workdir, run_one, console=console, runs=asked)

@@ -136,7 +136,7 @@ def write(sweep: Sweep, workdir: Path) -> str:
 def main(argv: list[str]) -> int:
     parser = command.Arguments("table", __doc__)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=command.folder, required=True)
     options = parser.with_overrides(argv)
     print(write(load(options.config, options.overrides), options.workdir))
     return 0

@@ -3,7 +3,6 @@
 Exit codes: 0 finished, 1 diverged, 2 something in the config, the data or the folder is wrong (one line says what).
 """
 
-import functools
 import json
 import os
 import sys
@@ -25,8 +24,8 @@ from experiments.build import (
     flatten,
     resolve,
 )
-from xlstm_jax import metrics, tasks, train
-from xlstm_jax.evaluate import split_task
+from xlstm_jax import metrics, train
+from xlstm_jax.data import tokenizers
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True) -> dict[str, Any]:
@@ -35,21 +34,19 @@ def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True) -
     plain = resolve(config)
     task = build_task(plain)
     tx = build_optimizer(plain)
-    graphdef, shapes = abstract_model(plain, task)
+    graphdef, _ = abstract_model(plain, task)
     data_hash = getattr(task, "data_hash", None)
     found = check_workdir(workdir, plain, data_hash)
     if found is not None:
         return found
     use_compilation_cache()
-    check_batch(task, plain["seed"], plain["batch_size"])
     environment = metrics.environment()
     environment["precision"]["dtype"] = str(plain["model"].get("dtype") or "float32")
     record = {"id": workdir.name, "config": plain} | environment | {"data_hash": data_hash}
-    if not (workdir / "config.json").exists():
-        parameters = sum(x.size for x in jax.tree.leaves(shapes))
-        metrics.write_json(workdir / "config.json", record | {"parameters": parameters})
     params = jax.jit(lambda seed: nnx.split(build_model(plain, task, seed))[1])(plain["seed"])
     names = (*COUNTS, *INTERVALS)
+    if hasattr(task, "coder"):
+        tokenizers.save(task.coder, workdir / "tokenizer")
     return train.fit(
         nnx.merge(graphdef, params),
         task,
@@ -84,18 +81,12 @@ def check_workdir(workdir: Path, plain: dict[str, Any], data_hash: str | None = 
         shown = "; ".join(f"{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in differing[:5])
         more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
         raise ValueError(f"workdir {workdir} holds another config's run: {shown}{more}; choose another folder")
-    return read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
-
-
-def check_batch(task, seed: int, batch_size: int) -> None:
-    """Draw the first training batch and refuse labels outside the vocabulary, wrong shapes, and weights below 0."""
-    arrays, shell = split_task(task)
-    tasks.check(jax.device_get(_first_batch(arrays, seed, shell=shell, batch_size=batch_size)), task)
-
-
-@functools.partial(jax.jit, static_argnames=("shell", "batch_size"))
-def _first_batch(arrays, seed, *, shell, batch_size):
-    return shell.join(arrays).batch("train", seed, 0, batch_size)
+    if not (workdir / "result.json").exists():
+        return None
+    found = read_json(workdir / "result.json")
+    if not found.keys() >= {"id", "steps", "seconds"}:
+        raise ValueError(f"{workdir / 'result.json'} is no result: restore it or choose another folder")
+    return found
 
 
 def use_compilation_cache() -> None:
@@ -126,15 +117,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     arguments = command.Arguments("train", __doc__)
     arguments.add_argument("--config", required=True, help="FILE.py[:arg]")
-    arguments.add_argument("--workdir", required=True, help="folder of the run")
+    arguments.add_argument("--workdir", type=command.folder, required=True, help="folder of the run")
     options = arguments.with_overrides(argv)
-    config, _ = planning.read(options.config, options.overrides)
+    config, module = planning.read(options.config, options.overrides)
+    result = options.workdir / "result.json"
+    finished = result.exists()
+    print(planning.headline(options.config, module, [config], options.workdir), flush=True)
     try:
         row = run(config, options.workdir)
     except train.Diverged as error:
         return command.fail(error, 1)
     scores = [f"{name} {value:.4f}" for name, value in row.items() if name.startswith(("valid_", "test_"))]
-    print(f"{row['id']}: {row['steps']} steps in {row['seconds']:.0f} s; {', '.join(scores)}")
+    done = f"already finished, nothing was trained; {result} has" if finished else "finished:"
+    print(f"{row['id']}: {done} {row['steps']} steps in {row['seconds']:.0f} s; {', '.join(scores)}")
     return 0
 
 

@@ -337,7 +337,8 @@ def test_figure(tmp_path, monkeypatch, capsys):
     "flag, message",
     [
         ("--cells=lsmt", "unknown cell 'lsmt'; nearest: lstm"),
-        ("--cells=projected_lstm", "the cell projected_lstm needs options"),
+        ("--cells=conv_lstm", "--cells=conv_lstm: this laboratory feeds vectors to cells of one width"),
+        ("--cells=projected_lstm", "it takes elman, lstm,"),
         ("--task=parrity", "unknown task 'parrity'; nearest: parity"),
         ("--steps=1", "--steps=1: at least 2 is needed"),
         ("--batch=0", "--batch=0: at least 1 is needed"),

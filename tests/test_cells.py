@@ -73,6 +73,38 @@ def test_mlstm_with_extreme_gates_is_finite_and_a_reset_is_exact(form, size):
     assert np.array_equal(h, other) and all(np.array_equal(a, b) for a, b in zip(last, other_last))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "make, forms",
+    [
+        (lambda **form: cells.MLSTM(3, 4, num_heads=2, **form), ("recurrent", "parallel", "chunkwise")),
+        (lambda **form: cells.MLSTM(3, 4, num_heads=2, input_gate="sigmoid", **form), ("chunkwise",)),
+        (lambda **form: cells.MinGRU(3, 4, **form), ("scan", "associative", "log")),
+        (lambda **form: cells.SLSTM(3, 4, **form), ("scan", "fused")),
+    ],
+    ids=["mlstm", "mlstm_sigmoid", "min_gru", "slstm"],
+)
+def test_a_reset_empties_a_state_that_is_no_number(make, forms, bad):
+    """At step 0 nothing of it is seen, in values and all gradients; at step 5, in what comes from there on."""
+    xs = jax.random.normal(jax.random.key(0), (1, 11, 3))
+    made = [make(form=form, chunk_size=4, rngs=nnx.Rngs(0)) for form in forms]
+    params, empty = nnx.state(made[0]), made[0].initial_state(1)
+    spoilt = jax.tree.map(lambda leaf: jnp.full_like(leaf, bad), empty)
+
+    def loss(params, xs, state, graphdef, start):
+        ys, last = nnx.merge(graphdef, params)(xs, state, reset=(jnp.arange(11) == start)[None])
+        return jnp.sum(jnp.sin(ys[:, start:])) + sum(map(jnp.sum, last)), (ys[:, start:], last)
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    run = jax.jit(lambda *args: [[gradient(*args, nnx.graphdef(cell), start) for cell in made] for start in (0, 5)])
+    for start, got, want in zip((0, 5), run(params, xs, spoilt), run(params, xs, empty)):
+        for (values, grads), (values_wanted, grads_wanted) in zip(got, want):
+            late = [grads[1][:, start:], grads_wanted[1][:, start:]]
+            grads, grads_wanted = (grads, grads_wanted) if start == 0 else late
+            for a, b in zip(jax.tree.leaves((values, grads)), jax.tree.leaves((values_wanted, grads_wanted))):
+                assert np.all(np.isfinite(a)) and np.array_equal(a, b)
+
+
 XS = jnp.ones((2, 5, 3))
 BAD_CALLS = {
     "a list": (dict(xs=[[[1.0]]]), "xs must be an array, not a list"),
@@ -120,15 +152,15 @@ BAD_CONSTRUCTIONS = {
     "matrix heads": (lambda: cells.MLSTM(3, 6, num_heads=4, rngs=nnx.Rngs(0)), "num_heads=4 must divide features=6"),
     "initialiser": (lambda: cells.LSTM(3, 4, recurrent_init="ortho", rngs=nnx.Rngs(0)), "unknown initialiser 'ortho'"),
     "form": (lambda: cells.LSTM(3, 4, form="fast", rngs=nnx.Rngs(0)), "unknown form of LSTM 'fast'"),
-    "chunk": (lambda: cells.LSTM(3, 4, chunk_size=0, rngs=nnx.Rngs(0)), "chunk_size must be at least 1, not 0"),
+    "chunk": (lambda: cells.LSTM(3, 4, chunk_size=0, rngs=nnx.Rngs(0)), "chunk_size is 0: an integer of at least 1"),
     "matrix form": (lambda: cells.MLSTM(3, 4, form="fused", rngs=nnx.Rngs(0)), "unknown form of MLSTM 'fused'"),
     "width": (lambda: cells.MLSTM(0, 4, rngs=nnx.Rngs(0)), "in_features is 0"),
     "sLSTM's option": (
         lambda: models.LM(5, backbone="xlstm[1:0]", dim=16, num_layers=1, recurrent_init="zeros", rngs=nnx.Rngs(0)),
         "recurrent_init: for sLSTM blocks",
     ),
-    "gate": (lambda: cells.MLSTM(3, 4, input_gate="relu", rngs=nnx.Rngs(0))(XS), "input_gate must be"),
-    "no normaliser": (lambda: cells.MLSTM(3, 4, normalize=False, rngs=nnx.Rngs(0))(XS), "needs input_gate='sigmoid'"),
+    "gate": (lambda: cells.MLSTM(3, 4, input_gate="relu", rngs=nnx.Rngs(0)), "input_gate must be"),
+    "no normaliser": (lambda: cells.MLSTM(3, 4, normalize=False, rngs=nnx.Rngs(0)), "needs input_gate='sigmoid'"),
 }
 
 

@@ -1,6 +1,7 @@
 """Every config: builds with every argument, is locked, lists its runs; what a sweep may change and what not."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ ARGS = {
     "configs/bible.py": ("", "demo", "reduced", "reduced,lstm", "demo,debug"),
     "configs/papers/xlstm_formal_languages.py": ("", "demo", "reduced", "paper", "reduced,debug"),
 }
+BIBLE = str(ROOT / "configs/bible.py")
 FORMAL = str(ROOT / "configs/papers/xlstm_formal_languages.py")
 
 
@@ -61,7 +63,7 @@ def test_table_numbers_belong_to_its_rows_and_columns():
         assert all(row in table["rows"] and column in table["columns"] for row, column in source["values"])
 
 
-@pytest.mark.parametrize("source", [FORMAL, str(ROOT / "configs/bible.py")])
+@pytest.mark.parametrize("source", [FORMAL, BIBLE])
 def test_every_run_is_accepted_by_models_tasks_and_optimiser(source):
     planning.validate(planning.load(f"{source}:demo,debug"))
 
@@ -81,15 +83,45 @@ def test_a_field_that_the_sweep_sets_in_every_run_cannot_be_changed():
     "override,message",
     [
         ("model.dmi=3", "unknown field 'model.dmi'; nearest: model.dim"),
+        ("model.zzz=3", "unknown field 'model.zzz'; nearest: model.dim"),
+        ("zzz=3", "unknown field 'zzz'; valid: batch_size, eval_batch_size, eval_every, kind,"),
+        ("model.forget_bais=3", "not list 'model.forget_bais': --config.+model.forget_bias=3 adds the option"),
+        ("task.train_lengths=3", "--config.+task.train_lengths=3 adds"),
+        ("+model=3", "model is a section of the config"),
+        (
+            "model=3",
+            "model is a section of the config: change one of its fields, such as --config.model.backbone=VALUE",
+        ),
         ("model.dim=wide", "model.dim='wide' is of type str"),
         ("model.dim=1.5", "is of type float"),
         ("model.dim", "expected --config.model.dim=VALUE"),
     ],
 )
 def test_wrong_overrides(override, message):
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         planning.load(FORMAL, [override])
     assert "\n" not in str(error.value)
+
+
+def test_an_option_of_one_row_stays_in_it():
+    module = planning.read(BIBLE)[1]
+    module.PRESETS["reduced"]["models"]["lstm"]["model.dropout"] = 0.3
+    base = module.get_config("reduced")
+    found = {each["model.backbone"]: planning.override(base, each) for each in module.sweep("reduced")}
+    assert (found["lstm"].model.dropout, found["xlstm[1:1]"].model.dropout) == (0.3, 0.1)
+    assert module.get_config("reduced,lstm").model == found["lstm"].model
+
+
+def test_the_bible_has_no_paper_preset():
+    with pytest.raises(ValueError, match="no preset 'paper', as no paper reports this split: take demo or reduced"):
+        planning.load(f"{BIBLE}:paper")
+
+
+def test_the_headline_names_preset_models_tasks_and_folder(tmp_path):
+    for arg, words in (("", "preset demo (as none is named"), (":reduced,debug", "preset reduced;")):
+        config, module = planning.read(BIBLE + arg)
+        line = planning.headline(BIBLE + arg, module, [config], tmp_path)
+        assert BIBLE in line and words in line and f"model lstm; task byte_lm; folder {tmp_path}" in line
 
 
 def test_ids_are_readable_stable_and_follow_the_overrides():

@@ -109,6 +109,21 @@ class Tensor:
         return self.array
 
 
+class Module:
+    """What a torch module offers, as far as it is used."""
+
+    nonlinearity = "relu"
+
+    def state_dict(self):
+        return torch_state_dict("rnn")
+
+
+def test_a_module_and_variables_are_opened():
+    assert convert.from_torch_rnn(Module()).rule.nonlinearity == "relu"
+    cell = randomised(OURS["gru"]())
+    assert_same_cells(convert.from_flax({"params": convert.to_flax(cell)}, "gru"), cell)
+
+
 def test_options_prefix_and_dtypes():
     arrays = torch_state_dict("rnn", prefix="encoder.rnn.") | {"encoder.head.weight": np.zeros((2, 4))}
     cell = convert.from_torch_rnn(arrays, prefix="encoder.rnn.", nonlinearity="relu", form="scan", dtype=jnp.bfloat16)
@@ -212,7 +227,19 @@ BAD = {
         "'bias_ih_l0' must be floating",
     ),
     "nonlinearity": (lambda: convert.from_torch_rnn(T, nonlinearity="relu"), "these weights are of cells.LSTM"),
-    "heads": (lambda: convert.from_torch_rnn(T, num_heads=2), r"whose R has the shape \(1, 4, 4, 4\)"),
+    "heads": (lambda: convert.from_torch_rnn(T, num_heads=2), "unknown option .* of torch 'num_heads'"),
+    "another equation": (
+        lambda: convert.from_torch_rnn(T, peephole=True),
+        "the weights of torch 'peephole'; valid",
+    ),
+    "keras equation": (lambda: convert.from_keras(KERAS, "lstm", coupled=True), "the weights of keras 'coupled'"),
+    "flax equation": (lambda: convert.from_flax(FLAX, "gru", reset_after=False), "the weights of flax 'reset_after'"),
+    "a list": (lambda: convert.from_torch_rnn(list(T.values())), "state_dict is a list: parameters by name"),
+    "two kinds": (
+        lambda: convert.to_torch_rnn(cells.Stack([OURS["gru"](), cells.LSTM(4, 4, **START)])),
+        "layers of one kind and nonlinearity only, not GRU and LSTM",
+    ),
+    "capitals": (lambda: convert.from_flax(FLAX, "LSTM"), "unknown kind of flax cell 'LSTM'; nearest: lstm"),
     "no counterpart": (lambda: convert.to_torch_rnn(cells.SLSTM(3, 4, rngs=nnx.Rngs(0))), "no counterpart of SLSTM"),
     "convolution": (
         lambda: convert.to_keras(cells.ConvGRU(3, 4, 3, reset_after=True, **START)),

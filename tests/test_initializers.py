@@ -1,5 +1,7 @@
 """Initialisers by name, as arguments of every cell."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,13 @@ def test_low_precision_parameters_are_drawn_in_float32():
         ("ortho", "unknown initialiser 'ortho'"),
         ("uniform", r"should be uniform\(bound\)"),
         ("chrono(2)", r"should be chrono\(longest > 2\)"),
+        ("chrono(0.5)", r"should be chrono\(longest > 2\)"),
+        ("chrono(nan)", r"should be chrono\(longest > 2\)"),
+        ("chrono(inf)", r"should be chrono\(longest > 2\)"),
+        ("constant(nan)", r"should be constant\(value\)"),
+        (float("inf"), "inf should be a finite number"),
+        ([1], r"\[1\] should be a finite number, a name such as 'normal\(0.02\)', or a function"),
+        (None, "None should be a finite number"),
         ("linspace(3)", r"should be linspace\(start, stop\)"),
         ("glorot(2)", r"should be glorot\(\)"),
         ("normal(0.1, 5)", r"should be normal\(std=0.01\)"),
@@ -87,5 +96,5 @@ def test_low_precision_parameters_are_drawn_in_float32():
 )
 def test_a_bad_name_says_what_would_be_right(name, message):
     with pytest.raises(ValueError, match=message) as error:
-        initializer(name)
+        inspect.unwrap(initializer)(name)
     assert "\n" not in str(error.value)

@@ -66,7 +66,7 @@ BAD = {
     "name": (lambda: build(backbone="ltsm"), "unknown backbone 'ltsm'.*lstm"),
     "ratio": (lambda: build(backbone="xlstm[1:1]", num_layers=3), "num_layers=3 must be a multiple of the 2 blocks"),
     "empty ratio": (lambda: build(backbone="xlstm[0:0]"), r"xlstm\[0:0\] has no blocks"),
-    "layers": (lambda: build(num_layers=0), "num_layers is 0: at least 1 is needed"),
+    "layers": (lambda: build(num_layers=0), "num_layers is 0: an integer of at least 1"),
     "heads": (lambda: build(backbone="xlstm[0:1]", num_heads=3), "num_heads=3 must divide features=8"),
     "attention heads": (lambda: build(backbone="transformer", num_heads=8), "heads of even width"),
     "embedding": (lambda: build(backbone="transformer", embedding_dim=4), "only bare cells take others"),
@@ -93,10 +93,10 @@ BAD = {
         "tie_weights=True needs embedding_dim=4 to be dim=8",
     ),
     "pool": (lambda: build(models.Classifier, pool="max"), "pool must be 'last' or 'mean'"),
-    "no time": (lambda: build()(jnp.zeros((2, 0), int)), "T at least 1"),
+    "no time": (lambda: build()(jnp.zeros((2, 0), int)), "tokens has no time step"),
     "one axis": (
-        lambda: build().features(jnp.zeros(2, int), None, None, None, None),
-        r"tokens must be integers \(B, T\)",
+        lambda: build().hidden(jnp.zeros(2, int), None, None, None),
+        r"tokens must have the shape \(B, T\), not \(2,\)",
     ),
 }
 

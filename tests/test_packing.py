@@ -1,5 +1,7 @@
 """Packing: there and back, rows as the algorithms promise, a packed batch through a cell, and what is refused."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,20 +127,28 @@ def test_a_packed_batch_equals_each_sequence_alone(x64):
 @pytest.mark.parametrize(
     "sequences,options,message",
     [
-        ([[1, 2, 3]], {"length": 0}, "length must be at least 1, not 0"),
+        ([[1, 2, 3]], {"length": 0}, "length must be an integer of at least 1, not 0"),
         ([[1], [1, 2, 3]], {"length": 2}, "sequence 1 has 3 steps, more than length=2"),
         ([[1]], {"algorithm": "worst_fit"}, "unknown packing algorithm 'worst_fit'; nearest: first_fit, best_fit"),
         ([], {}, "there is no sequence to pack"),
         ([[1, 2], 3], {}, "sequence 1 is a single number"),
         ([np.ones(2, np.int32), np.ones(2, np.int8)], {}, r"sequence 1 is int8 \(T,\), the first one int32 \(T,\)"),
         ([np.ones((1, 2)), np.ones((1, 3))], {}, r"sequence 1 is float64 \(T, 3\), the first one float64 \(T, 2\)"),
+        ([[1]], {"length": 2.0}, "length must be an integer of at least 1, not 2.0"),
+        ([[1]], {"pad": "a"}, "pad='a' is no number"),
+        ([[1], [[1, 2], [3]]], {}, "sequence 1 is ragged"),
+        (3, {}, "sequences is a int"),
+        ("abc", {}, "sequences is a str"),
+        (["abc"], {}, "sequence 0 is 'abc': numbers are needed"),
+        ([[1], None], {}, "sequence 1 is None: numbers"),
+        ([["a"]], {}, "sequence 0 is <U1: numbers"),
         ([np.ones(2, np.uint8)], {"pad": -1}, "pad=-1 is no uint8"),
         ([np.ones(2, np.int32)], {"pad": 0.5}, "pad=0.5 is no int32"),
     ],
 )
 def test_what_cannot_be_packed_is_one_clear_line(sequences, options, message):
     with pytest.raises(ValueError, match=message) as error:
-        pack(sequences, **({"length": 8} | options))
+        inspect.unwrap(pack)(sequences, **({"length": 8} | options))
     assert "\n" not in str(error.value)
 
 

@@ -1,9 +1,16 @@
 """The table: numbers into markdown, CSV, LaTeX and a picture, and what it refuses."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 
 from experiments import rows, table
+from experiments.build import resolve
 from experiments.planning import load
+
+ROOT = Path(__file__).parents[1]
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -107,3 +114,19 @@ def test_no_rows_no_table_or_another_sweep_end_in_one_line(sweep, filled, capsys
     (tmp_path / "c.py").write_text(CONFIG.replace("TABLE =", "OTHER ="))
     assert table.main(arguments) == 2
     assert "has no TABLE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results").rglob("sweep.json")), ids=lambda p: "-".join(p.parts[-3:-1]))
+def test_the_committed_rows_fit_their_config_and_make_the_committed_table(file, tmp_path, monkeypatch):
+    folder = file.parent
+    monkeypatch.chdir(ROOT)
+    for name in ("sweep.json", "results.jsonl"):
+        shutil.copy(folder / name, tmp_path)
+    source = json.loads((folder / "sweep.json").read_text())["source"]
+    assert table.main([f"--config={source}", f"--workdir={tmp_path}"]) == 0
+    for name in ("table.md", "table.csv"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text()
+    sweep, done = load(source), rows.read(folder)
+    assert {run.id: (run.overrides, resolve(sweep.config(run))) for run in sweep.runs} == {
+        name: (row["overrides"], row["config"]) for name, row in done.items()
+    }

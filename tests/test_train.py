@@ -1,6 +1,9 @@
 """The trainer: it learns, dispatches do not matter, the carry continues, a NaN stops it; what the script refuses."""
 
 import json
+import subprocess
+import sys
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +12,15 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from experiments import demo, generate, gradient_flow, sweep, table
 from experiments import train as script
 from experiments.build import resolve
 from tests.configs import tiny
 from tests.stand_in import Recall, model
-from xlstm_jax import metrics, optim, train
+from xlstm_jax import metrics, models, optim, train
 from xlstm_jax.checkpoint import Checkpoints
 from xlstm_jax.evaluate import evaluate, token_scores
+from xlstm_jax.tasks import make
 from xlstm_jax.tasks.parity import Parity
 
 SETTINGS = {"batch_size": 4, "eval_batch_size": 8, "log_every": 5, "steps_per_dispatch": 5, "progress": False}
@@ -105,7 +110,8 @@ def test_carried_state_lets_the_first_answer_be_learned():
     assert result["test_accuracy"] > 0.95  # without the state: at most (5 + 1/4) / 6
 
 
-def test_a_nan_stops_the_run_and_names_the_last_checkpoint(tmp_path):
+def test_a_nan_stops_the_run_and_names_the_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "check", lambda *_: None)  # as if the batch were in order
     with pytest.raises(train.Diverged) as error:
         fit(20, Recall(bad_step=12), workdir=tmp_path, save_every=5, log_every=1)
     message = str(error.value)
@@ -115,6 +121,42 @@ def test_a_nan_stops_the_run_and_names_the_last_checkpoint(tmp_path):
     assert not (tmp_path / "result.json").exists()
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest() == 10
+
+
+@dataclass(frozen=True)
+class Mislabelled(Recall):
+    """A label that does not exist, in batch 3 of one split."""
+
+    split: str = "train"
+
+    def batch(self, split, seed, step, batch_size):
+        drawn = super().batch(split, seed, step, batch_size)
+        return drawn._replace(targets=jnp.where((step == 3) & (split == self.split), 9, drawn.targets))
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_wrong_label_in_a_later_batch_is_named_and_not_the_learning_rate(tmp_path, split):
+    with pytest.raises(ValueError, match=rf"targets hold 9, outside 0 .. 3 .*batch 3 of the {split} split") as error:
+        fit(10, Mislabelled(split=split), workdir=tmp_path)
+    assert "learning_rate" not in str(error.value) and not (tmp_path / "result.json").exists()
+
+
+def test_ar_and_tar_add_their_terms_to_the_loss(tmp_path):
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 2)
+    task = make("byte_lm", corpus=f"file:{tmp_path / 'text'}", seq_len=6, ar=2, tar=3.0)
+    lm, tx = models.LM(256, backbone="elman", dim=4, num_layers=1, rngs=nnx.Rngs(0)), optimizer()
+    state = train.init_state(lm, task, tx, 2, seed=0)
+    batch = task.batch("train", 0, 1, 2)
+    batch = batch._replace(reset=batch.reset.at[1, 3].set(True))
+    ys = np.asarray(lm.backbone(lm.embedding(batch.inputs), None, None, batch.reset)[0], np.float64)
+    steps = (ys[:, 1:] - ys[:, :-1])[~np.asarray(batch.reset)[:, 1:]]
+    plain, both = (train.loss_and_accuracy(lm, batch, None, None, *each)[0] for each in ((), (2.0, 3.0)))
+    np.testing.assert_allclose(both - plain, 2 * np.mean(ys**2) + 3 * np.mean(steps**2), rtol=1e-4)
+    _, row = jax.jit(lambda s: train.train_step(s, graphdef=nnx.split(lm)[0], task=task, tx=tx, batch_size=2))(state)
+    expected = train.loss_and_accuracy(lm, task.batch("train", 0, 0, 2), None, None, 2.0, 3.0)[0]
+    np.testing.assert_allclose(row.loss, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="byte_lm: tar must be finite and at least 0, not -1.0"):
+        make("byte_lm", tar=-1.0)
 
 
 def test_a_bad_step_leaves_the_state_as_it_was():
@@ -167,6 +209,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     assert "\n" not in str(error.value) and (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def test_a_damaged_checkpoint_is_one_line_on_stderr(tmp_path, request):
+    script.run(config(), tmp_path / "run", progress=False)
+    (tmp_path / "run/result.json").unlink()
+    for path in (tmp_path / "run/checkpoints/20/default/d").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    command = [sys.executable, "-m", "experiments.train", TINY, f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=request.config.rootpath, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: checkpoint ") and "checkpoints/20 is damaged" in done.stderr
+
+
 def test_an_evaluation_without_batches_is_refused():
     with pytest.raises(ValueError, match="recall: the test split has no batch of 64 rows"):
         evaluate(model(), Recall(), "test", 64)
@@ -214,7 +267,7 @@ def no_cache(monkeypatch):
         ({"model__dim": "wide"}, r"config.model.dim is 'wide' \(str\): int is needed"),
         ({"model__form": "fuzed"}, "config.model: unknown form of Elman 'fuzed'"),
         ({"model__backbone": "slstm", "model__num_heads": 3}, "num_heads=3 must divide features=8"),
-        ({"model__dtype": "float33"}, "config.model: data type 'float33'"),
+        ({"model__dtype": "float33"}, "config.model: unknown floating dtype 'float33'; nearest: float32"),
         ({"task__num_evall": 8}, "'config.task.num_evall'; nearest: config.task.num_eval"),
         ({"optimizer__learning_rat": 1.0}, "nearest: config.optimizer.learning_rate"),
         ({"optimizer__learning_rate": -1.0}, "config.optimizer: learning_rate is -1.0"),
@@ -276,16 +329,18 @@ def test_a_damaged_record_is_named_and_kept(tmp_path, content, message):
     assert (tmp_path / "config.json").read_text() == content
 
 
-def test_a_label_outside_the_vocabulary_stops_the_run_before_it_starts(tmp_path, no_cache, monkeypatch):
+@pytest.mark.parametrize("number,where", [(0, "train"), (1, "valid"), (2, "test")])
+def test_a_label_outside_the_vocabulary_stops_the_run_before_it_starts(tmp_path, no_cache, monkeypatch, number, where):
     batch = Parity.batch
 
-    def shifted(*args):
-        drawn = batch(*args)
-        return drawn._replace(targets=drawn.targets + 1)
+    def shifted(task, split, *args):
+        drawn = batch(task, split, *args)
+        return drawn._replace(targets=drawn.targets + (split == where))
 
     monkeypatch.setattr(Parity, "batch", shifted)
-    with pytest.raises(ValueError, match="parity: targets hold 3, outside 0 .. 2"):
-        script.run(config(task__num_eval=24), tmp_path / "run", progress=False)  # a task of its own: nothing cached
+    message = rf"parity: targets hold 3, outside 0 .. 2 .*batch 0 of the {where} split"
+    with pytest.raises(ValueError, match=message):
+        script.run(config(task__num_eval=24 + number), tmp_path / "run", progress=False)  # a task of its own: no cache
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -302,6 +357,13 @@ TINY = "--config=tests/configs/tiny.py"
     ("arguments", "message"),
     [
         ([TINY, "--config.stepz=3"], "steps"),
+        ([TINY, "--config.+optimizer.betas=3"], "config.optimizer: betas are (3,): two numbers"),
+        ([TINY, "--workdir="], "argument --workdir: it is empty: name a folder"),
+        ([TINY, "--config.optimizer.learning_rate=nan"], "config.optimizer: learning_rate is nan: it must be positive"),
+        ([TINY, "--config.+optimizer.epsilon=-1.0"], "config.optimizer: epsilon is -1.0"),
+        ([TINY, "--config.optimizer.weight_decay=inf"], "config.optimizer: weight_decay is inf"),
+        ([TINY, "--config.model.backbone=xlstm[1:x]"], "xlstm[a:b] for any a and b"),
+        ([TINY, "--config.+model.dtype=bfloat"], "bfloat"),
         ([TINY, "--config.model.dimm=3"], "model.dim"),
         ([TINY, "--config.steps=abc"], "abc"),
         ([TINY, "--config.steps=1.5"], "int"),
@@ -332,6 +394,44 @@ def test_the_workdir_is_asked_for(monkeypatch, capsys, request):
     monkeypatch.chdir(request.config.rootpath)
     assert script.main([TINY]) == 2
     assert "required: --workdir" in capsys.readouterr().err
+
+
+def test_a_finished_run_says_so_and_garbage_is_named_and_kept(tmp_path, no_cache, monkeypatch, capsys, request):
+    monkeypatch.chdir(request.config.rootpath)
+    arguments = [TINY, f"--workdir={tmp_path}"]
+    assert script.main(arguments) == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert "tiny.py" in first and "model elman" in first and str(tmp_path) in first
+    assert "finished: 20 steps" in last and "already" not in last
+    assert script.main(arguments) == 0
+    _, last = capsys.readouterr().out.splitlines()
+    assert f"already finished, nothing was trained; {tmp_path}/result.json" in last
+    kept = {name: (tmp_path / name).read_bytes() for name in ("result.json", "timing.jsonl", "metrics.jsonl")}
+    for name, content in (
+        ("result.json", kept["result.json"][:30]),
+        ("result.json", b"{}"),
+        ("metrics.jsonl", b"\xff\x00garbage\n"),
+        ("metrics.jsonl", b"3\n"),
+        ("timing.jsonl", b'{"step": 3}\n'),
+        ("config.json", b"\xff\x00"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert script.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert name in error and error.count("\n") == 1 and (tmp_path / name).read_bytes() == content
+        if name == "result.json":
+            (tmp_path / name).unlink()
+        elif name in kept:
+            (tmp_path / name).write_bytes(kept[name])
+
+
+@pytest.mark.parametrize("main", [script.main, demo.main, generate.main, gradient_flow.main, sweep.main, table.main])
+def test_help_is_the_whole_docstring(main, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    lines = sys.modules[main.__module__].__doc__.splitlines()
+    shown = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert all(line in shown for line in lines)
 
 
 def test_divergence_is_code_1(tmp_path, monkeypatch, capsys, request):

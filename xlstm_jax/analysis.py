@@ -21,7 +21,8 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .cells.base import Cell, RecurrentCell, check_flags
+from .cells.arguments import check_flags
+from .cells.base import Cell, RecurrentCell
 from .cells.linear import LinearCell
 from .cells.mlstm import MLSTM
 from .cells.slstm import SLSTM
@@ -252,7 +253,7 @@ def _start(cell: Cell, xs: Array, state: Any, mask: Array | None = None, reset: 
         raise ValueError(f"xs must be (B, T, ...) with T at least 1, not {xs.shape}")
     check_flags(xs, mask, reset)
     if state is None:
-        state = cell.empty_state(xs) if isinstance(cell, RecurrentCell) else cell.initial_state(xs.shape[0])
+        state = cell.empty_state(xs)
     if not cell.has_step:
         raise ValueError(f"{type(cell).__name__} has no step to follow its state by: it needs the whole sequence")
     jax.eval_shape(cell.step, xs[:, 0], state)  # what does not fit is refused before a long scan is traced

@@ -8,7 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from .cells.base import Cell, check_inputs, masked
+from .cells.arguments import check_inputs
+from .cells.base import Cell, masked
 from .initializers import small_init, wang_init
 
 
@@ -47,11 +48,10 @@ class Attention(Cell):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if num_heads < 1 or features % (2 * num_heads):
+        if features % (2 * num_heads):
             raise ValueError(f"num_heads={num_heads} must divide features={features} into heads of even width")
-        if context < 1:
-            raise ValueError(f"context must be at least 1, not {context}")
-        self.features, self.num_heads, self.context, self.param_dtype = features, num_heads, context, param_dtype
+        self.in_features = self.features = features
+        self.num_heads, self.context, self.param_dtype = num_heads, context, param_dtype
         shared = dict(use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.qkv = nnx.Linear(features, 3 * features, kernel_init=small_init(features), **shared)
         self.out = nnx.Linear(features, features, kernel_init=wang_init(features, num_blocks), **shared)
@@ -72,7 +72,7 @@ class Attention(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
         """xs (B, T, D) to outputs (B, T, D) and the cache; cost T (T + context), T^2 without a state."""
-        check_inputs(xs, self.features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
+        check_inputs(self, xs, state, mask, reset, key)
         B, T, D = xs.shape
         cached = state is not None
         state = state or self.initial_state(B)

@@ -13,13 +13,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
-from .cells.base import Cell, check_inputs, masked
-from .cells.mlstm import gate
+from .cells.arguments import check_inputs
+from .cells.base import Cell, masked
+from .cells.mlstm import MLSTM, gate
 from .cells.slstm import SLSTM, SLSTMState
 from .initializers import Initializer, initializer, small_init, wang_init
 from .kernels import mlstm as mlstm_kernel
 from .layers import CausalConv, HeadwiseLinear, Norm, round_up
-from .regularizers import check_rates, dropout
+from .regularizers import check_rates, dropout, split
 
 
 class Block(Cell):
@@ -44,6 +45,10 @@ class Block(Cell):
         """Whether the mixer has one."""
         return self.mixer.has_step
 
+    def input_shape(self, xs: Any) -> tuple[int | str, ...]:
+        """The mixer's."""
+        return self.mixer.input_shape(xs)
+
     def initial_state(self, batch_size: int) -> Any:
         """The mixer's."""
         return self.mixer.initial_state(batch_size)
@@ -58,7 +63,7 @@ class Block(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """xs (B, T, D) to outputs (B, T, D), zero where masked, and the mixer's last state."""
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        keys = split(key, 3)
         x = xs if self.norm is None else self.norm(xs)
         y, state = self.mixer(x, state, mask, reset, key=keys[2])
         y = dropout(y, self.dropout, keys[0])
@@ -82,6 +87,8 @@ class MLSTMLayer(Cell):
     `conv_width=0` leaves the convolution out: c = SiLU(a).
     """
 
+    forms = MLSTM.forms
+
     def __init__(
         self,
         features: int,
@@ -104,11 +111,11 @@ class MLSTMLayer(Cell):
         num_blocks: in the whole model, for the initial scale of `down`.
         """
         inner = round_up(proj_factor * features) if inner_width is None else inner_width
-        if num_heads < 1 or inner % num_heads:
-            raise ValueError(f"num_heads={num_heads} must divide the inner width {inner}")
-        if qkv_block < 1 or inner % qkv_block:
-            raise ValueError(f"qkv_block={qkv_block} must divide the inner width {inner}")
-        self.features, self.inner, self.num_heads = features, inner, num_heads
+        for name, width in (("num_heads", num_heads), ("qkv_block", qkv_block)):
+            if inner % width:
+                raise ValueError(f"{name}={width} must divide the inner width {inner}")
+        self.in_features = self.features = features
+        self.inner, self.num_heads = inner, num_heads
         self.form, self.chunk_size, self.param_dtype = form, chunk_size, param_dtype
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         small = dict(use_bias=use_bias, kernel_init=small_init(features), **shared)
@@ -138,7 +145,7 @@ class MLSTMLayer(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], MLSTMLayerState]:
         """xs (B, T, D) to outputs (B, T, D) and the last state."""
-        check_inputs(xs, self.features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
+        check_inputs(self, xs, state, mask, reset, key)
         B, T, _ = xs.shape
         memory, window = self.initial_state(B) if state is None else state
         a, z = jnp.split(self.up(xs), 2, axis=-1)
@@ -176,6 +183,8 @@ class SLSTMLayer(Cell):
     `conv_width=0` leaves the convolution out, as in the paper's formal-language runs.
     """
 
+    forms, chosen_forms = SLSTM.forms, SLSTM.chosen_forms
+
     def __init__(
         self,
         features: int,
@@ -192,6 +201,7 @@ class SLSTMLayer(Cell):
         rngs: nnx.Rngs,
     ):
         """block of num_blocks: the place in the model, for the initial forget bias."""
+        self.in_features = features
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.cell = SLSTM(
             None,
@@ -224,7 +234,7 @@ class SLSTMLayer(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], SLSTMLayerState]:
         """xs (B, T, D) to outputs (B, T, D) and the last state."""
-        check_inputs(xs, self.cell.features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
+        check_inputs(self, xs, state, mask, reset, key)
         cell, window = self.initial_state(xs.shape[0]) if state is None else state
         c = xs
         if self.conv is not None:

@@ -6,13 +6,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
-from .cells.base import Cell, check_inputs, masked
+from .cells.arguments import check_inputs
+from .cells.base import Cell, masked
 from .cells.mlstm import MLSTM, gate
 from .initializers import Initializer, initializer, small_init, wang_init
 from .kernels import mlstm as kernel
 from .kernels.mlstm import MLSTMState
 from .layers import Norm, soft_cap
-from .names import unknown
 
 
 class MLSTMLargeLayer(Cell):
@@ -21,6 +21,8 @@ class MLSTMLargeLayer(Cell):
     q, k (width qk_factor D), v, o~ (width v_factor D), i~, f~ (one a head, cap tanh((W x + b) / cap)) of x
     y = out(sigmoid(o~) norm(mlstm(q, k, v, i~, f~))),   the norm a layer norm of each head
     """
+
+    forms = MLSTM.forms
 
     def __init__(
         self,
@@ -45,14 +47,13 @@ class MLSTMLargeLayer(Cell):
         rngs: nnx.Rngs,
     ):
         """use_bias: of all but the gates i and f, which have one in any case; eps: of the mLSTM's denominator."""
-        if form not in MLSTM.forms:
-            raise ValueError(unknown("form of MLSTMLargeLayer", form, MLSTM.forms))
         qk_features, v_features = int(qk_factor * features), int(v_factor * features)
-        if num_heads < 1 or min(qk_features, v_features) < 1 or qk_features % num_heads or v_features % num_heads:
+        if min(qk_features, v_features) < 1 or qk_features % num_heads or v_features % num_heads:
             raise ValueError(
                 f"num_heads={num_heads} must divide the widths {qk_features} of q and k, {v_features} of v"
             )
-        self.features, self.num_heads, self.qk_features, self.v_features = features, num_heads, qk_features, v_features
+        self.in_features = self.features = features
+        self.num_heads, self.qk_features, self.v_features = num_heads, qk_features, v_features
         self.gate_cap, self.input_gate, self.normalize, self.eps = gate_cap, input_gate, normalize, eps
         self.form, self.chunk_size, self.param_dtype = form, chunk_size, param_dtype
         shared = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -79,7 +80,7 @@ class MLSTMLargeLayer(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], MLSTMState]:
         """xs (B, T, D) to outputs (B, T, D) and the last state; nothing is random, whatever the key."""
-        check_inputs(xs, self.features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
+        check_inputs(self, xs, state, mask, reset, key)
         B, T, _ = xs.shape
         q, k, v = jnp.split(self.qkv(xs), [self.qk_features, 2 * self.qk_features], axis=-1)
         q, k, v = (a.reshape(B, T, self.num_heads, -1) for a in (q, k, v))

@@ -1,7 +1,13 @@
 """Checkpoints: any pytree of arrays, saved asynchronously by orbax, restored into the sharding of a given state."""
 
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import orbax.checkpoint as ocp
@@ -66,24 +72,31 @@ class Checkpoints:
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """Shape and dtype of every saved array."""
-        if not (self._folder / str(step) / "_CHECKPOINT_METADATA").is_file():
-            raise self._damaged(step, "its _CHECKPOINT_METADATA is missing")
         try:
+            json.loads((self._folder / str(step) / "_CHECKPOINT_METADATA").read_bytes())
+        except (OSError, ValueError) as error:
+            raise self._damaged(step, f"_CHECKPOINT_METADATA: {error}") from error
+        with self._reading(step):
             saved = dict(self._manager.item_metadata(step) or {})
-        except Exception as error:  # orbax has no common error for what it cannot read
-            raise self._damaged(step, error) from error
         if not saved:
             raise self._damaged(step, "it holds no arrays")
         return saved
 
     def _read(self, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-        try:
+        with self._reading(step):
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except Exception as error:
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """What orbax cannot read is a ValueError that names the checkpoint."""
+        try:
+            with mock.patch.object(asyncio, "new_event_loop", _WaitingLoop):
+                yield
+        except Exception as error:  # orbax has no common error for what it cannot read
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, reason: object) -> ValueError:
-        reason = " ".join(str(reason).split())[:120]
+        reason = " ".join(re.split(r" \[(?:tensorstore_spec|source locations)=", str(reason))[0].split())
         return ValueError(
             f"checkpoint {self._folder / str(step)} is damaged ({reason}): remove that folder to go on from the one"
             " before it, or from the start"
@@ -99,6 +112,18 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self.close()
+
+
+class _WaitingLoop(asyncio.SelectorEventLoop):
+    """orbax closes its event loop at the first array that cannot be read; this one first waits for those under way.
+
+    Otherwise their answers meet a closed loop, and each writes a traceback to stderr.
+    """
+
+    def close(self):
+        if not self.is_closed() and (left := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        super().close()
 
 
 def _named(tree: PyTree) -> dict[str, Any]:

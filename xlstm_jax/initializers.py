@@ -13,6 +13,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +28,20 @@ def initializer(init: Initializer | str | float) -> Initializer:
     """An initialiser by name or number, or the function as it is; equal names give the same function."""
     if callable(init):
         return init
-    if not isinstance(init, str):
+    if isinstance(init, Real) and math.isfinite(init):
         return named("constant", (float(init),))
+    if not isinstance(init, str):
+        raise ValueError(
+            f"initialiser {init!r} should be a finite number, a name such as 'normal(0.02)', or a function"
+        )
     match = re.fullmatch(r"(\w+)(?:\((.*)\))?", init.strip())
     if match is None or match[1] not in INITIALIZERS:
         raise ValueError(unknown("initialiser", match[1] if match else init, INITIALIZERS))
     try:
-        return named(match[1], tuple(float(x) for x in match[2].split(",")) if match[2] else ())
+        arguments = tuple(float(x) for x in match[2].split(",")) if match[2] else ()
+        if not all(map(math.isfinite, arguments)):
+            raise ValueError(f"{arguments} are not all finite")
+        return named(match[1], arguments)
     except (TypeError, ValueError):
         raise ValueError(f"initialiser {init!r} should be {match[1]}({INITIALIZERS[match[1]][0]})") from None
 
@@ -62,8 +70,8 @@ class Chrono:
     longest: float
 
     def __post_init__(self):
-        if self.longest <= 2:
-            raise ValueError(f"longest must be above 2 steps, not {self.longest}")
+        if not 2 < self.longest < math.inf:
+            raise ValueError(f"longest must be a number of steps above 2, not {self.longest}")
 
     def __call__(self, key, shape, dtype=jnp.float32):
         return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, self.longest - 1.0))

@@ -43,9 +43,12 @@ def read(path: str | os.PathLike) -> list[dict]:
     rows = []
     for number, line in enumerate(lines[:-1], start=1):  # what stands after the last newline was cut short
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}") from error
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}; restore or delete the line")
+        rows.append(row)
     return rows
 
 
@@ -53,7 +56,7 @@ def truncate(path: str | os.PathLike, step: int) -> list[dict]:
     """Keep what a run had written when it saved at `step`: train rows up to it, others before it. Returns the rows."""
     rows = read(path)
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        if not isinstance(row.get("step"), int):
             raise ValueError(f"{path}, line {number} names no step: {str(row)[:60]}")
     kept = [r for r in rows if r["step"] < step or (r["step"] == step and r.get("split", "train") == "train")]
     if Path(path).exists():

@@ -37,7 +37,7 @@ def make(
     schedule: str = "cosine",
     min_learning_rate: float = 0.0,
     weight_decay: float = 0.0,
-    betas: Iterable[float] = (0.9, 0.95),
+    betas: Iterable | float | int = (0.9, 0.95),
     epsilon: float = 1e-8,
     clip: float | None = 1.0,
 ) -> optax.GradientTransformation:
@@ -59,12 +59,14 @@ def make(
         raise ValueError(
             f"min_learning_rate is {min_learning_rate}: it must lie between 0 and learning_rate ({learning_rate})"
         )
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay is {weight_decay}: it must be 0 or more")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay is {weight_decay}: it must be finite and 0 or more")
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon is {epsilon}: it must be positive and finite")
     if clip is not None and not clip >= 0:
         raise ValueError(f"clip is {clip}: it must be positive, or 0 for none")
-    betas = tuple(betas)
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    betas = tuple(betas) if isinstance(betas, Iterable) else (betas,)
+    if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas are {betas}: two numbers in [0, 1) are needed")
     return _build(
         name, learning_rate, steps, warmup_steps, schedule, min_learning_rate, weight_decay, betas, epsilon, clip or 0.0

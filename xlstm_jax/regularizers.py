@@ -24,6 +24,20 @@ def check_rates(**rates: float) -> None:
             raise ValueError(f"{name} is {rate}: it must lie in [0, 1)")
 
 
+def check_key(key: Any) -> None:
+    """None, or one key of the kind that says what it is."""
+    dtype = getattr(key, "dtype", None)
+    if key is not None and not (dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ()):
+        what = f"a {type(key).__name__}" if dtype is None else f"{dtype} {key.shape}"
+        raise ValueError(f"key must be one key, such as jax.random.key(0), not {what}")
+
+
+def split(key: Any, count: int) -> Key[Array, " N"] | list[None]:
+    """As many keys, or as many times None."""
+    check_key(key)
+    return [None] * count if key is None else jax.random.split(key, count)
+
+
 def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
     """Zeroes a share `rate` of x and scales the rest; without a key nothing is dropped."""
     if key is None or rate == 0:

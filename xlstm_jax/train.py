@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from xlstm_jax import metrics, optim
 from xlstm_jax.checkpoint import Checkpoints
 from xlstm_jax.evaluate import TaskShell, evaluate_params, split_task, token_scores
+from xlstm_jax.regularizers import activation_l2, temporal_l2
+from xlstm_jax.tasks.task import SPLITS, check
 
 
 class TrainState(NamedTuple):
@@ -54,14 +57,25 @@ def init_state(model: nnx.Module, task, tx: optax.GradientTransformation, batch_
     )  # copies: the step donates its state, the model keeps its own
 
 
-def loss_and_accuracy(model, batch, carry, key) -> tuple[Float[Array, ""], tuple[Float[Array, ""], PyTree]]:
-    """Weighted means of cross-entropy (nats) and of correct answers, and the model's state after the batch."""
-    logits, carry = model(batch.inputs, carry, batch.mask, batch.reset, key=key)
+def loss_and_accuracy(
+    model, batch, carry, key, ar: float = 0.0, tar: float = 0.0
+) -> tuple[Float[Array, ""], tuple[Float[Array, ""], PyTree]]:
+    """Weighted means of cross-entropy (nats) and of correct answers, and the model's state after the batch.
+
+    `ar` and `tar` add that many times `activation_l2` and `temporal_l2` of what the backbone gives.
+    """
+    penalty = 0.0
+    if ar or tar:
+        ys, carry = model.hidden(batch.inputs, carry, batch.mask, batch.reset, key=key)
+        logits = model.answers(ys, batch.mask, key=key)
+        penalty = ar * activation_l2(ys, batch.mask) + tar * temporal_l2(ys, batch.mask, batch.reset)
+    else:
+        logits, carry = model(batch.inputs, carry, batch.mask, batch.reset, key=key)
     nll, correct = token_scores(logits, batch.targets)
     weights = batch.weights.astype(nll.dtype)
     total = jnp.sum(weights)
     weights = weights / jnp.where(total > 0, total, 1)
-    loss = jnp.sum(jnp.where(weights != 0, nll, 0) * weights)
+    loss = jnp.sum(jnp.where(weights != 0, nll, 0) * weights) + penalty
     return loss, (jnp.sum(correct * weights), carry)
 
 
@@ -74,7 +88,8 @@ def train_step(
 
     def loss_of(params):  # the carry is a constant here: this cuts the gradient between batches
         carry = state.carry if task.carries_state else None
-        return loss_and_accuracy(nnx.merge(graphdef, params), batch, carry, key)
+        penalties = {name: getattr(task, name, 0.0) for name in ("ar", "tar")}
+        return loss_and_accuracy(nnx.merge(graphdef, params), batch, carry, key, **penalties)
 
     (loss, (accuracy, carry)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -110,6 +125,21 @@ def _dispatch(
     return jax.lax.fori_loop(0, count, body, (state, history))
 
 
+@functools.partial(jax.jit, static_argnames=("shell", "split", "batch_size"))
+def _draw(arrays, seed, step, *, shell, split, batch_size):
+    return shell.join(arrays).batch(split, seed, step, batch_size)
+
+
+def check_data(task, split: str, batch_size: int, seed: int, step: int = 0) -> None:
+    """ValueError where batch number `step` of a split has labels or tokens that do not exist, or wrong shapes."""
+    arrays, shell = split_task(task)
+    batch = _draw(arrays, jnp.int32(seed), jnp.int32(step), shell=shell, split=split, batch_size=batch_size)
+    try:
+        check(jax.device_get(batch), task)
+    except ValueError as error:
+        raise ValueError(f"{error} (batch {step} of the {split} split): mend the data or the task") from None
+
+
 def fit(
     model: nnx.Module,
     task,
@@ -130,8 +160,9 @@ def fit(
 ) -> dict[str, Any]:
     """Train, resuming from the newest checkpoint in `workdir`; leaves the final parameters in `model`.
 
-    Writes checkpoints/, metrics.jsonl (no clock in it: a resumed run repeats it to the last digit), timing.jsonl and
-    result.json, which is what is returned: `record`, steps, seed, parameters, seconds, valid_* and test_* metrics.
+    Writes config.json (`record` and the number of parameters), checkpoints/, metrics.jsonl (no clock in it: a resumed
+    run repeats it to the last digit), timing.jsonl and result.json, which is what is returned: `record`, steps, seed,
+    parameters, seconds, valid_* and test_* metrics. The first batch of every split is checked before anything else.
     `eval_every`, `save_every` = 0: only at the end. A train line is the mean since the line or checkpoint before it.
     """
     counts = {
@@ -147,14 +178,21 @@ def fit(
     for name, value in {"eval_every": eval_every, "save_every": save_every}.items():
         if value < 0:
             raise ValueError(f"{name} is {value}: it must be positive, or 0 for the end only")
+    for split in SPLITS:
+        check_data(task, split, *((batch_size, seed) if split == "train" else (eval_batch_size, 0)))
     workdir = None if workdir is None else Path(workdir)
     graphdef, params = nnx.split(model)
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    if record and workdir is not None and not (workdir / "config.json").exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        metrics.write_json(workdir / "config.json", record | {"parameters": parameters})
     arrays, shell = split_task(task)
     state = init_state(model, task, tx, batch_size, seed)
     dispatch = functools.partial(
         _dispatch, graphdef=graphdef, shell=shell, tx=tx, batch_size=batch_size, length=steps_per_dispatch
     )
-    with _Run(workdir, state, steps, log_every, label, progress) as run:
+    recheck = functools.partial(check_data, task, "train", batch_size, seed)
+    with _Run(workdir, state, steps, log_every, label, progress, recheck) as run:
         state, at = run.state, run.step
         while True:
             final = at == steps
@@ -164,6 +202,10 @@ def fit(
                     split: evaluate_params(graphdef, state.params, task, split, eval_batch_size)
                     for split in (("valid", "test") if final else ("valid",))
                 }
+                for split, found in results.items():
+                    if not all(map(math.isfinite, found.values())):  # is it the data?
+                        for step in range(task.num_batches(split, eval_batch_size)):
+                            check_data(task, split, eval_batch_size, 0, step)
                 run.write_evaluation(at, results)
             if final:
                 break
@@ -183,7 +225,7 @@ def fit(
             | {
                 "steps": steps,
                 "seed": seed,
-                "parameters": sum(x.size for x in jax.tree.leaves(params)),
+                "parameters": parameters,
                 "seconds": round(run.seconds(), 3),
             }
             | {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
@@ -197,8 +239,17 @@ def fit(
 class _Run:
     """The files and the progress line of one call of `fit`, and what it resumed from."""
 
-    def __init__(self, workdir: Path | None, state: TrainState, steps: int, log_every: int, label: str, progress: bool):
-        self.state, self.step, self.pending = state, 0, None
+    def __init__(
+        self,
+        workdir: Path | None,
+        state: TrainState,
+        steps: int,
+        log_every: int,
+        label: str,
+        progress: bool,
+        recheck: Callable[..., None],
+    ):
+        self.state, self.step, self.pending, self._recheck = state, 0, None, recheck
         self._steps, self._log_every, self._window = steps, log_every, []
         self._before, self._start = 0.0, time.monotonic()
         self.checkpoints = self._lines = self._timing = None
@@ -207,12 +258,14 @@ class _Run:
             self.checkpoints = Checkpoints(workdir / "checkpoints")
             try:
                 self._resume(workdir)
+                metrics.truncate(workdir / "metrics.jsonl", self.step)
+                spent = metrics.truncate(workdir / "timing.jsonl", self.step)
+                if spent and not isinstance(spent[-1].get("seconds"), int | float):
+                    raise ValueError(f"{workdir / 'timing.jsonl'} names no seconds at step {spent[-1]['step']}")
+                self._before = spent[-1]["seconds"] if spent else 0.0
             except BaseException:
                 self.checkpoints.close()
                 raise
-            metrics.truncate(workdir / "metrics.jsonl", self.step)
-            spent = metrics.truncate(workdir / "timing.jsonl", self.step)
-            self._before = spent[-1]["seconds"] if spent else 0.0
             self._lines = metrics.Lines(workdir / "metrics.jsonl")
             self._timing = metrics.Lines(workdir / "timing.jsonl")
         self._progress = metrics.Progress(steps, self.step, label, enabled=progress)
@@ -250,6 +303,7 @@ class _Run:
         for index, step in enumerate(range(start + 1, end + 1)):
             row = {name: values[index] for name, values in history.items()}
             if not row.pop("finite"):
+                self._recheck(step=step - 1)
                 raise Diverged(self._diverged(step, row, state))
             self._window.append(row)
             if step % self._log_every == 0 or step == self._steps:

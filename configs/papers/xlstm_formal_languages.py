@@ -10,6 +10,8 @@
 | `reduced` | 6 models, 4 tasks, 3 seeds                         | up to two hours on 2 CPU cores            |
 | `paper`   | 6 models, 4 tasks, 3 learning rates, 2 seeds each  | an hour a run on one H100                 |
 
+`debug` after a preset (`reduced,debug`) shrinks every run to seconds.
+
 Expected: parity at lengths 40-256, scaled accuracy of LSTM and sLSTM near 1, of mLSTM and the Transformer near 0.
 """
 

@@ -1,6 +1,6 @@
 """What cells have in common: the contract, and the weights, initialisers and regularisers of a cell that is a rule."""
 
-from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import jax
@@ -10,15 +10,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from ..initializers import Chrono, Initializer, initializer, per_gate
+from ..kernels.choice import CHOSEN_FORMS
 from ..kernels.recurrent import Dense, recurrent
 from ..names import unknown
-from ..regularizers import Zoneout, check_rates, dropout, locked_dropout, locked_scale
+from ..regularizers import Zoneout, check_rates, dropout, locked_dropout, locked_scale, split
+from .arguments import CellType, check_array, check_flag, check_inputs
 
 
-class Cell(nnx.Module):
+class Cell(nnx.Module, metaclass=CellType):
     """One step of any layer is the sequence of one step; a subclass has `initial_state` and `__call__`."""
 
     forms: tuple[str, ...] = ()  # the first is the plain loop; a cell made of cells has theirs
+    chosen_forms: tuple[str, ...] = ()  # those that not every machine has, or that choose one
 
     @property
     def state_dtype(self) -> DTypeLike:
@@ -30,10 +33,21 @@ class Cell(nnx.Module):
         """Whether an output needs nothing that comes later."""
         return True
 
+    def input_shape(self, xs: Any) -> tuple[int | str, ...]:
+        """The shape that xs must have after (B, T), () for tokens; any, of a cell that does not say its width."""
+        return (self.in_features,) if hasattr(self, "in_features") else jnp.shape(xs)[2:]
+
+    def empty_state(self, xs: Array) -> Any:
+        """The empty state that fits xs."""
+        return self.initial_state(xs.shape[0])
+
     def step(self, x: Array, state: Any, reset: Bool[Array, " B"] | None = None) -> tuple[Array, Any]:
         """x (B, D_in), or tokens (B,), and the state to y (B, D) and the next state; a True `reset` empties it."""
         if not self.has_step:
             raise TypeError(f"this {type(self).__name__} needs the whole sequence and has no step")
+        shape = self.input_shape(x[:, None] if getattr(x, "ndim", 0) else jnp.zeros(()))
+        check_array(*(("x", x, "B", shape) if shape else ("tokens", x, "B", shape, jnp.integer)))
+        check_flag("reset", reset, x.shape[:1])
         ys, state = self(x[:, None], state, reset=None if reset is None else reset[:, None])
         return ys[:, 0], state
 
@@ -64,6 +78,7 @@ class RecurrentCell(Cell):
     zoneout_fields: tuple[str, ...] = ("h",)
     maps = Dense()
     forms = ("scan", "fused")
+    chosen_forms = CHOSEN_FORMS
 
     def __init__(
         self,
@@ -99,18 +114,11 @@ class RecurrentCell(Cell):
         if in_features is None and input_dropout:
             raise ValueError("input_dropout needs inputs; with in_features=None they are gates")
         hidden = self.hidden or features
-        check_width("features", features)
-        if in_features is not None:
-            check_width("in_features", in_features)
-        if num_heads < 1 or features % num_heads or hidden % num_heads:
+        if features % num_heads or hidden % num_heads:
             widths = f"features={features}" + (f" and hidden={hidden}" if hidden != features else "")
             raise ValueError(f"num_heads={num_heads} must divide {widths}")
         check_rates(input_dropout=input_dropout, state_dropout=state_dropout)
         check_rates(output_dropout=output_dropout, weight_drop=weight_drop)
-        if form not in self.forms:
-            raise ValueError(unknown(f"form of {type(self).__name__}", form, self.forms))
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
         if forget_bias is None and use_bias and self.forget_gate is not None:
             forget_bias = self.default_forget_bias
         elif forget_bias is not None and (self.forget_gate is None or not use_bias):
@@ -162,8 +170,8 @@ class RecurrentCell(Cell):
         for field, rate in rates.items():
             if field not in self.zoneout_fields:
                 raise ValueError(unknown(f"zoneout field of {type(self).__name__}", field, self.zoneout_fields))
-            if not 0 <= rate <= 1:
-                raise ValueError(f"zoneout of {field} is {rate}: it must lie in [0, 1]")
+            if not isinstance(rate, Real) or not 0 <= rate <= 1:
+                raise ValueError(f"zoneout of {field} is {rate!r}: it must lie in [0, 1]")
         return tuple((field, rate) for field, rate in rates.items() if rate)
 
     def rule_params(self) -> Any:
@@ -193,13 +201,8 @@ class RecurrentCell(Cell):
         widths = dict.fromkeys(self.State._fields, self.features) | self.state_widths()
         return self.State(*(jnp.zeros((batch_size, width), self.state_dtype) for width in widths.values()))
 
-    def input_shape(self, xs: Any) -> tuple[int, ...]:
-        """The shape that xs must have after (B, T)."""
+    def input_shape(self, xs: Any) -> tuple[int | str, ...]:
         return (self.in_features,) if self.W is not None else (len(self.gates), self.features)
-
-    def empty_state(self, xs: Array) -> Any:
-        """The empty state that fits xs."""
-        return self.initial_state(xs.shape[0])
 
     def __call__(
         self,
@@ -214,10 +217,10 @@ class RecurrentCell(Cell):
 
         key: draws all that is random (dropout, weight drop, zoneout) for the whole sequence; none is random without it.
         """
-        check_inputs(xs, self.input_shape(xs), state, lambda: self.empty_state(xs), mask, reset)
+        check_inputs(self, xs, state, mask, reset, key)
         state = self.empty_state(xs) if state is None else state
         dtype = compute_dtype(self.dtype, xs)
-        keys = [None] * 6 if key is None else jax.random.split(key, 6)
+        keys = split(key, 6)
         rule, noise = self.rule, ()
         if self.zoneout:
             rule = Zoneout(self.rule, self.zoneout)
@@ -245,12 +248,6 @@ class RecurrentCell(Cell):
         return locked_dropout(ys.astype(dtype), self.output_dropout, keys[4]), state
 
 
-def check_width(name: str, width: Any) -> None:
-    """A width is a positive integer."""
-    if not isinstance(width, int) or width < 1:
-        raise ValueError(f"{name} is {width}: an integer of at least 1 is needed")
-
-
 def compute_dtype(dtype: DTypeLike | None, xs: Array) -> DTypeLike:
     """That of a cell's products: the one it was given, or the inputs' (float32 for numpy's float64 without x64)."""
     return jax.dtypes.canonicalize_dtype(dtype or xs.dtype)
@@ -265,45 +262,3 @@ def linear(layer: nnx.Linear, xs: Float[Array, "B T D_in"], dtype: DTypeLike) ->
 def masked(ys: Float[Array, "B T ..."], mask: Bool[Array, "B T"] | None) -> Float[Array, "B T ..."]:
     """Zeros where the mask is False."""
     return ys if mask is None else jnp.where(mask.reshape(mask.shape + (1,) * (ys.ndim - 2)), ys, 0)
-
-
-def check_inputs(
-    xs: Any, features: int | tuple[int | str, ...], state: Any, empty_state: Callable[[], Any], mask: Any, reset: Any
-) -> None:
-    """One clear line for what does not fit, before anything is computed.
-
-    features: the shape of xs after (B, T); empty_state: gives the state that a `state` must be like.
-    """
-    features = (features,) if isinstance(features, int) else features
-    for name, array in (("xs", xs), ("mask", mask), ("reset", reset)):
-        if not hasattr(array, "dtype") and (array is not None or name == "xs"):
-            raise ValueError(f"{name} must be an array, not a {type(array).__name__}")
-    if xs.ndim != 2 + len(features) or xs.shape[2:] != features:
-        raise ValueError(f"xs must have the shape (B, T, {', '.join(map(str, features))}), not {xs.shape}")
-    if xs.shape[1] == 0:
-        raise ValueError("xs has no time step (T = 0); at least one is needed")
-    if not jnp.issubdtype(xs.dtype, jnp.floating):
-        raise ValueError(f"xs must be floating, not {xs.dtype}")
-    check_flags(xs, mask, reset)
-    if state is not None:
-        check_state(state, jax.eval_shape(empty_state))
-
-
-def check_flags(xs: Array, mask: Array | None, reset: Array | None) -> None:
-    """Both are bool (B, T), as xs (B, T, ...) has it."""
-    for name, flags in (("mask", mask), ("reset", reset)):
-        if flags is not None and (flags.shape != xs.shape[:2] or flags.dtype != jnp.bool_):
-            raise ValueError(f"{name} must be bool of the shape {xs.shape[:2]}, not {flags.dtype} {flags.shape}")
-
-
-def check_state(state: Any, empty: Any) -> None:
-    """The state is of the type, the shapes and the dtypes of the empty one."""
-    if type(state) is not type(empty):
-        raise ValueError(f"state must be a {type(empty).__name__}, not a {type(state).__name__}")
-    leaves = jax.tree_util.tree_leaves_with_path
-    if jax.tree.structure(state) != jax.tree.structure(empty):
-        raise ValueError(f"state must have the parts {[jax.tree_util.keystr(path) for path, _ in leaves(empty)]}")
-    for (path, leaf), (_, want) in zip(leaves(state), leaves(empty)):
-        if jnp.shape(leaf) != want.shape or jnp.result_type(leaf) != want.dtype:
-            name, got = jax.tree_util.keystr(path), f"{jnp.result_type(leaf)} {jnp.shape(leaf)}"
-            raise ValueError(f"state{name} must be {want.dtype} of the shape {want.shape} for these inputs, not {got}")

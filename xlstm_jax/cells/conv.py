@@ -10,14 +10,17 @@ Inputs (B, T, *space, C_in), h and c (B, *space', D). The input's convolution ha
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ..initializers import per_gate
+from .arguments import is_integer
 from .gru import GRU
 from .lstm import LSTM
 
@@ -80,20 +83,15 @@ class ConvCell:
 
         space: the size of the inputs, which `initial_state` needs where it is not called with one.
         """
-        if isinstance(kernel_size, int):
-            kernel_size = (kernel_size,) * (rank or 2)
-        self.kernel_size = tuple(kernel_size)
-        n = len(self.kernel_size)
+        n = len(kernel_size) if np.iterable(kernel_size) else rank or 2
         if n not in (1, 2, 3) or rank not in (None, n):
-            raise ValueError(
-                f"kernel_size={self.kernel_size}, rank={rank}: one number an axis of space, of 1 to 3 axes"
-            )
+            raise ValueError(f"kernel_size={kernel_size}, rank={rank}: one number an axis of space, of 1 to 3 axes")
+        self.kernel_size = per_axis("kernel_size", kernel_size, n)
         if options.get("num_heads", 1) != 1 or options.get("projection") or options.get("layer_norm"):
             raise ValueError("a convolutional cell has neither heads nor a projection nor layer_norm")
         if options.get("gate_recurrence"):
             raise ValueError("a convolutional cell has no gate_recurrence")
         self.strides, self.dilation = per_axis("strides", strides, n), per_axis("dilation", dilation, n)
-        per_axis("kernel_size", self.kernel_size, n)
         if padding not in ("same", "valid"):
             raise ValueError(f"padding must be 'same' or 'valid', not {padding!r}")
         self.padding, self.space = padding, None if space is None else per_axis("space", space, n)
@@ -145,12 +143,12 @@ class ConvCell:
         return self.initial_state(xs.shape[0], xs.shape[2:-1])
 
 
-def per_axis(name: str, value: int | Sequence[int], n: int) -> tuple[int, ...]:
+def per_axis(name: str, value: Any, n: int) -> tuple[int, ...]:
     """One positive integer an axis."""
-    values = (value,) * n if isinstance(value, int) else tuple(value)
-    if len(values) != n or min(values) < 1:
-        raise ValueError(f"{name} is {value}: wanted is a positive integer, or {n} of them, one an axis of space")
-    return values
+    values = tuple(value) if np.iterable(value) else (value,) * n
+    if len(values) != n or not all(map(is_integer, values)):
+        raise ValueError(f"{name} is {value!r}: wanted is a positive integer, or {n} of them, one an axis of space")
+    return tuple(map(int, values))
 
 
 class ConvLSTM(ConvCell, LSTM):

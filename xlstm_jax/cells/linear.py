@@ -30,8 +30,8 @@ from jaxtyping import Array, Bool, Float, Key
 
 from ..initializers import Chrono, Initializer, initializer, per_gate
 from ..kernels.linear import linear_recurrence, log_linear_recurrence
-from ..names import unknown
-from .base import Cell, check_inputs, check_width, compute_dtype, linear
+from .arguments import check_inputs
+from .base import Cell, compute_dtype, linear
 
 C = 8.0  # the RG-LRU's constant c
 
@@ -77,11 +77,8 @@ class LinearCell(Cell):
     ):
         """dtype: of the product (default: the inputs'); the gates and the recurrence stay in float32 or wider."""
         for name, width in {"features": features, "in_features": in_features}.items():
-            check_width(name, width)
-            if num_heads < 1 or width % num_heads:
+            if width % num_heads:
                 raise ValueError(f"num_heads={num_heads} must divide {name}={width}")
-        if form not in self.forms:
-            raise ValueError(unknown(f"form of {type(self).__name__}", form, self.forms))
         if form == "log" and not self.log_space:
             raise ValueError("form='log' needs log_space=True: a candidate that can be negative has no logarithm")
         self.in_features, self.features, self.num_heads = in_features, features, num_heads
@@ -131,7 +128,7 @@ class LinearCell(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """xs (B, T, D_in) to outputs (B, T, D) and the last state; nothing is random, whatever the key."""
-        check_inputs(xs, self.in_features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
+        check_inputs(self, xs, state, mask, reset, key)
         h = (self.initial_state(xs.shape[0]) if state is None else state).h
         options = dict(chunk_size=self.chunk_size, mask=mask, reset=reset)
         log_a, b = self.coefficients(xs)
@@ -235,7 +232,6 @@ class RGLRU(LinearCell):
         **options,
     ):
         low, high = decay_range
-        check_width("in_features", in_features)
         if not 0 < low <= high < 1:
             raise ValueError(f"decay_range must be (low, high) with 0 < low <= high < 1, not {decay_range}")
         super().__init__(features, features, num_heads=num_heads, kernel_init=kernel_init, rngs=rngs, **options)

@@ -221,7 +221,10 @@ class CoupledLSTM(LSTM):
 
 
 class ProjectedLSTM(LSTM):
-    """LSTM whose h has `projection` units, fewer than c (LSTMP, Sak et al. 2014): P is S (1, D, 1, projection)."""
+    """LSTM whose h has `projection` units, in the paper fewer than c (LSTMP, Sak et al. 2014); more are served too.
+
+    P is S (N, D/N, 1, projection/N).
+    """
 
     def __init__(self, in_features: int | None, features: int, *, projection: int, **options):
         super().__init__(in_features, features, projection=projection, **options)

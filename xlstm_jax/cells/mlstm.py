@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Key
 from ..initializers import Initializer, initializer
 from ..kernels import mlstm as kernel
 from ..kernels.mlstm import MLSTMState
-from ..names import unknown
-from .base import Cell, check_inputs, check_width, compute_dtype, linear
+from .arguments import check_inputs
+from .base import Cell, compute_dtype, linear
 
 
 class MLSTM(Cell):
@@ -42,11 +42,8 @@ class MLSTM(Cell):
         rngs: nnx.Rngs,
     ):
         qk_features = qk_features or features
-        if form not in self.forms:
-            raise ValueError(unknown("form of MLSTM", form, self.forms))
-        check_width("in_features", in_features)
-        check_width("features", features)
-        if num_heads < 1 or features % num_heads or qk_features % num_heads:
+        kernel.check_gate(input_gate, normalize)
+        if features % num_heads or qk_features % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide features={features} and qk_features={qk_features}")
         self.in_features, self.features, self.num_heads, self.qk_features = (
             in_features,
@@ -80,7 +77,7 @@ class MLSTM(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], MLSTMState]:
         """xs (B, T, D_in) to outputs (B, T, D) and the last state; nothing is random, whatever the key."""
-        check_inputs(xs, self.in_features, state, lambda: self.initial_state(xs.shape[0]), mask, reset)
+        check_inputs(self, xs, state, mask, reset, key)
         B, T, _ = xs.shape
         dtype = compute_dtype(self.dtype, xs)
         q, k, v = jnp.split(linear(self.qkv, xs, dtype), [self.qk_features, 2 * self.qk_features], axis=-1)

@@ -37,7 +37,10 @@ def slstm_rule(x, r, state, params):
 
 
 class SLSTM(RecurrentCell):
-    """sLSTM with `num_heads` blocks in R. R starts at zero and the forget bias by the power law, as published."""
+    """sLSTM with `num_heads` blocks in R. R starts at zero and the forget bias by the power law, as published.
+
+    flashrnn keeps n >= 1, which is so by itself from an empty state; from a given one with n < 1 it differs from here.
+    """
 
     State, gates, rule = SLSTMState, ("i", "f", "z", "o"), staticmethod(slstm_rule)
     forget_gate, input_gate, default_forget_bias = "f", "i", "powerlaw"

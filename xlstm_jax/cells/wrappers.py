@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from ..names import unknown
-from ..regularizers import check_rates, dropout
+from ..regularizers import check_rates, dropout, split
+from .arguments import check_cell
 from .base import Cell, masked
 
 MERGES = {
@@ -40,6 +41,10 @@ class Bidirectional(Cell):
             raise ValueError(unknown("merge", merge, MERGES))
         self.forward, self.backward, self.merge = forward, backward, merge
 
+    def input_shape(self, xs: Any) -> tuple[int | str, ...]:
+        """Both cells'."""
+        return self.forward.input_shape(xs)
+
     def initial_state(self, batch_size: int) -> BidirectionalState:
         """Both cells' empty states."""
         return BidirectionalState(self.forward.initial_state(batch_size), self.backward.initial_state(batch_size))
@@ -57,7 +62,7 @@ class Bidirectional(Cell):
         if state is not None and not isinstance(state, BidirectionalState):
             raise ValueError(f"state must be a BidirectionalState, not a {type(state).__name__}")
         forward, backward = (None, None) if state is None else state
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = split(key, 2)
         ys, forward = self.forward(xs, forward, mask, reset, key=keys[0])
         flip = lambda a: None if a is None else jnp.flip(a, axis=1)  # noqa: E731
         ends = None if reset is None else last_steps(mask, reset)
@@ -101,9 +106,12 @@ class Stack(Cell):
         dropout: float = 0.0,
     ):
         """residual: x + layer(x); dropout: of each layer's output but the last's, before it is added to x."""
+        if not isinstance(layers, Sequence | nnx.List) or not layers:
+            what = "empty" if isinstance(layers, Sequence | nnx.List) else f"a {type(layers).__name__}"
+            raise ValueError(f"layers is {what}: a list of at least one layer is needed")
+        for n, layer in enumerate(layers):
+            check_cell(f"layer {n}", layer)
         layers, pattern = list(layers), None if pattern is None else tuple(pattern)
-        if not layers:
-            raise ValueError("a stack needs at least one layer")
         if pattern is not None and len(pattern) != len(layers):
             raise ValueError(f"pattern names {len(pattern)} kinds for {len(layers)} layers")
         check_rates(dropout=dropout)
@@ -128,6 +136,10 @@ class Stack(Cell):
         """Whether every layer has one."""
         return all(layer.has_step for layer in self.layers)
 
+    def input_shape(self, xs: Any) -> tuple[int | str, ...]:
+        """The first layer's."""
+        return self.layers[0].input_shape(xs)
+
     def initial_state(self, batch_size: int) -> tuple:
         """One state a layer of the repeating group, with a leading axis of repeats where there are several."""
         states = tuple(layer.initial_state(batch_size) for layer in self.layers)
@@ -149,12 +161,17 @@ class Stack(Cell):
             raise ValueError(
                 f"state must be a tuple of {self.period} states, one a layer, not a {type(state).__name__}"
             )
+        if self.repeats > 1 and any(jnp.shape(leaf)[:1] != (self.repeats,) for leaf in jax.tree.leaves(state)):
+            raise ValueError(f"state must have a leading axis of the {self.repeats} repeats of this stack's pattern")
 
         def run(layers, xs, states, key):
-            keys = [None] * 2 * self.period if key is None else jax.random.split(key, 2 * self.period)
+            keys = split(key, 2 * self.period)
             new = []
             for n, layer in enumerate(layers):
-                ys, new_state = layer(xs, None if states is None else states[n], mask, reset, key=keys[n])
+                try:
+                    ys, new_state = layer(xs, None if states is None else states[n], mask, reset, key=keys[n])
+                except ValueError as error:
+                    raise ValueError(f"layer {n}: {error}") from error
                 if self.residual and ys.shape != xs.shape:
                     raise ValueError(
                         f"residual=True needs layers of equal widths; layer {n} maps {xs.shape} to {ys.shape}"
@@ -168,7 +185,7 @@ class Stack(Cell):
         if self.repeats == 1:
             return run(self.layers, xs, state, key)
         graphdef, params = nnx.split(self.layers)
-        keys = None if key is None else jax.random.split(key, self.repeats)
+        keys = None if key is None else split(key, self.repeats)
 
         def body(xs, inputs):
             params, states, key = inputs

@@ -21,6 +21,9 @@ from ..cells.conv import Convolution
 from ..cells.lstm import LSTMRule
 from ..names import unknown
 
+KEEP_EQUATIONS = ("dtype", "param_dtype", "form", "chunk_size", "remat")  # options that change no value, and those that
+KEEP_EQUATIONS += ("input_dropout", "state_dropout", "output_dropout", "weight_drop")  # need a key to do anything
+
 
 class Fused(NamedTuple):
     """One cell's weights; of a convolution with the kernel's axes in front. A GRU's last gate is not merged."""
@@ -112,6 +115,13 @@ def check_plain(cell: Any, kinds: Iterable[type[Cell]], library: str) -> None:
         raise ValueError(f"{library} has no GRU with the reset before the product (reset_after=False)")
 
 
+def check_options(options: Mapping[str, Any], library: str, own: Iterable[str] = ()) -> None:
+    """None that would change the equations into others than the library's."""
+    for name in options:
+        if name not in (*own, *KEEP_EQUATIONS):
+            raise ValueError(unknown(f"option of a cell with the weights of {library}", name, (*own, *KEEP_EQUATIONS)))
+
+
 def as_numpy(name: str, value: Any) -> np.ndarray:
     """A floating array from one of numpy, jax or torch, of any device and with or without a gradient."""
     if hasattr(value, "detach"):
@@ -191,14 +201,20 @@ def torch_layout(arrays: Mapping[str, np.ndarray]) -> TorchLayout:
     return TorchLayout(gates, num_layers, directions, parts)
 
 
-def from_torch_rnn(
-    state_dict: Mapping[str, Any], *, nonlinearity: str = "tanh", prefix: str = "", **options: Any
-) -> Cell:
+def from_torch_rnn(state_dict: Any, *, nonlinearity: str = "tanh", prefix: str = "", **options: Any) -> Cell:
     """The module of a torch LSTM, GRU or RNN: one cell, or a Stack where there are several layers or two directions.
 
-    state_dict: torch tensors or arrays. nonlinearity: the RNN's, "tanh" or "relu". prefix: of the names to take, others
+    state_dict: torch tensors or arrays by name, or the torch module itself. nonlinearity: the RNN's, "tanh" or "relu",
+    if it is no module, which knows it. prefix: of the names to take, others
     are left. options: of the cells (form=, dtype=, ...); the parameters keep the arrays' dtype without a param_dtype=.
     """
+    check_options(options, "torch")
+    if hasattr(state_dict, "state_dict"):
+        state_dict, nonlinearity = state_dict.state_dict(), getattr(state_dict, "nonlinearity", nonlinearity)
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(
+            f"state_dict is a {type(state_dict).__name__}: parameters by name or a torch module are needed"
+        )
     arrays = {k.removeprefix(prefix): as_numpy(k, x) for k, x in state_dict.items() if k.startswith(prefix)}
     if not arrays:
         raise ValueError(f"no parameter begins with {prefix!r}" if prefix else "the state dict is empty")
@@ -246,7 +262,7 @@ def to_torch_rnn(module: Cell) -> dict[str, np.ndarray]:
     """
     if isinstance(module, Stack) and module.residual:
         raise ValueError("torch has no residual connections between layers, as this Stack has")
-    arrays = {}
+    arrays, kinds = {}, {}
     for n, layer in enumerate(layers_of(module)):
         each = {"": layer}
         if isinstance(layer, Bidirectional):
@@ -255,9 +271,12 @@ def to_torch_rnn(module: Cell) -> dict[str, np.ndarray]:
             each = {"": layer.forward, "_reverse": layer.backward}
         for direction, cell in each.items():
             check_plain(cell, (LSTM, GRU, Elman), "torch")
+            kinds[cell.rule] = type(cell).__name__
             fused = fuse(cell, "".join(cell.gates))
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
             arrays |= {f"{k}_l{n}{direction}": np.array(x.T, order="C") for k, x in zip(names, fused) if x is not None}
+    if len(kinds) > 1:
+        raise ValueError(f"torch has layers of one kind and nonlinearity only, not {' and '.join(kinds.values())}")
     torch_layout(arrays)
     return arrays
 
@@ -278,6 +297,7 @@ def from_keras(
     """
     if kind not in KERAS:
         raise ValueError(unknown("kind of keras layer", kind, KERAS))
+    check_options(options, "keras", ("padding", "strides", "dilation", "space") if kind == "conv_lstm" else ())
     if not isinstance(weights, Mapping):
         if len(weights) not in (2, 3):
             raise ValueError(
@@ -340,10 +360,13 @@ FLAX_BIASES = {"lstm": ("hi", "hf", "hg", "ho"), "gru": ("ir", "iz", "in", "hn")
 def from_flax(params: Mapping[str, Any], kind: str, **options: Any) -> Cell:
     """The cell of a flax cell's parameters: kind "lstm" (OptimizedLSTMCell, LSTMCell), "gru" or "conv_lstm".
 
+    params: with or without the outer "params" of linen's variables.
     flax adds 1 to a ConvLSTM's forget pre-activation; here that is part of the bias, which the cell has in any case.
     """
     if kind not in FLAX:
         raise ValueError(unknown("kind of flax cell", kind, FLAX))
+    check_options(options, "flax", ("space",) if kind == "conv_lstm" else ())
+    params = params["params"] if set(params) == {"params"} else params
     (cell, order), (of_x, of_h) = FLAX[kind], FLAX_BLOCKS[kind]
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     names = ["/".join(str(getattr(key, "key", key)) for key in path) for path, _ in leaves]

@@ -1,1 +1,1 @@
-"""Corpora as byte arrays, what a compressor makes of them, and packing."""
+"""Data by name, tokenisers, token files, windows and packing; corpora as bytes and what a compressor makes of them."""

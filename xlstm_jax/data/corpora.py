@@ -58,6 +58,14 @@ def read(path: Path) -> UInt8[np.ndarray, " N"]:
     return np.frombuffer(content, np.uint8)
 
 
+def utf8(content: bytes, what: str) -> str:
+    """The text of UTF-8 bytes; ValueError with the offset of the first byte that is none."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is no UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}") from None
+
+
 def bounds(size: int, split: str) -> tuple[int, int]:
     """First position of a split and the one after its last: contiguous 90/5/5 parts of `size` bytes."""
     if split not in PARTS:

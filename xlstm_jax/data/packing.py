@@ -11,8 +11,10 @@ Both algorithms take the sequences in the order given: "first_fit" puts each int
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Int, Int32, Shaped
 
@@ -38,8 +40,8 @@ def pack(
     sequences: Iterable[ArrayLike | Sequence], length: int, *, algorithm: str = "first_fit", pad: int | float = 0
 ) -> Packed:
     """Packs sequences (T,) or (T, ...) of at most `length` steps; one of length 0 takes no place, but comes back."""
-    if length < 1:
-        raise ValueError(f"length must be at least 1, not {length}")
+    if not isinstance(length, int | np.integer) or isinstance(length, bool) or length < 1:
+        raise ValueError(f"length must be an integer of at least 1, not {length!r}")
     if algorithm not in ALGORITHMS:
         raise ValueError(unknown("packing algorithm", algorithm, ALGORITHMS))
     arrays = alike(sequences)
@@ -100,12 +102,14 @@ def refuse(ids: Int[np.ndarray, "B T"], wrong: Bool[np.ndarray, "B T"], why: str
         raise ValueError(f"segment_ids: row {row}, position {position + shift}: {ids[row, position]} {why}")
 
 
-def alike(sequences: Iterable[ArrayLike | Sequence]) -> list[np.ndarray]:
+def alike(sequences: Any) -> list[np.ndarray]:
     """The sequences as arrays of one dtype and one shape after the time axis; a bare [] takes those of the others."""
+    if not isinstance(sequences, Iterable) or isinstance(sequences, str | bytes):
+        raise ValueError(f"sequences is a {type(sequences).__name__}: a list of sequences (T,) or (T, ...) is needed")
     given = list(sequences)
     if not given:
         raise ValueError("there is no sequence to pack: at least one is needed, of any length")
-    arrays = [None if isinstance(s, list | tuple) and not s else np.asarray(s) for s in given]
+    arrays = [None if isinstance(s, list | tuple) and not s else as_array(n, s) for n, s in enumerate(given)]
     first = next((a for a in arrays if a is not None), np.zeros(0, np.int32))
     arrays = [first[:0] if a is None else a for a in arrays]
     for n, a in enumerate(arrays):
@@ -117,8 +121,21 @@ def alike(sequences: Iterable[ArrayLike | Sequence]) -> list[np.ndarray]:
     return arrays
 
 
-def check_pad(pad: int | float, dtype: np.dtype) -> None:
-    """NumPy would round or wrap it."""
+def as_array(n: int, sequence: Any) -> np.ndarray:
+    """Sequence n, of numbers."""
+    try:
+        array = np.asarray(sequence)
+    except ValueError:
+        raise ValueError(f"sequence {n} is ragged: all its steps must have one shape") from None
+    if not jnp.issubdtype(array.dtype, np.number) and array.dtype != bool:
+        raise ValueError(f"sequence {n} is {array.dtype if array.ndim else repr(sequence)}: numbers are needed")
+    return array
+
+
+def check_pad(pad: Any, dtype: np.dtype) -> None:
+    """A number, which NumPy would not round or wrap."""
+    if not isinstance(pad, Real):
+        raise ValueError(f"pad={pad!r} is no number")
     if np.issubdtype(dtype, np.integer):
         low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
         if not (low <= pad <= high and pad == int(pad)):

@@ -22,6 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from ..names import unknown
+from .recurrent import select
+
 
 class MLSTMState(NamedTuple):
     """C and n in units of exp(m)."""
@@ -69,11 +72,8 @@ def mlstm(
     the state through and outputs zeros; one with reset True starts from the empty memory, exactly.
     """
     if form not in FORMS:
-        raise ValueError(f"unknown form {form!r} of mlstm; there are {sorted(FORMS)}")
-    if input_gate not in ("exp", "sigmoid"):
-        raise ValueError(f"input_gate must be 'exp' or 'sigmoid', not {input_gate!r}")
-    if not normalize and input_gate == "exp":
-        raise ValueError("normalize=False needs input_gate='sigmoid': an exponential gate has to be normalised")
+        raise ValueError(unknown("form of mlstm", form, FORMS))
+    check_gate(input_gate, normalize)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     B, T, H, K = q.shape
@@ -92,6 +92,14 @@ def mlstm(
     state = jax.tree.map(lambda a, old: a.astype(old.dtype), state, kept)
     h = jnp.moveaxis(h, 1, 2).astype(v.dtype)
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
+
+
+def check_gate(input_gate: str, normalize: bool) -> None:
+    """The gate is known, and goes with the normaliser or without."""
+    if input_gate not in ("exp", "sigmoid"):
+        raise ValueError(f"input_gate must be 'exp' or 'sigmoid', not {input_gate!r}")
+    if not normalize and input_gate == "exp":
+        raise ValueError("normalize=False needs input_gate='sigmoid': an exponential gate has to be normalised")
 
 
 def _normalised(num: Array, den: Array, m: Array, normalize: bool, eps: float) -> Array:
@@ -135,15 +143,18 @@ def _chunk(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
     allowed = jnp.tril(jnp.ones((L, L), bool))[None, None]
     if reset is None:
         F = jnp.cumsum(log_f, axis=-1)
-        base = F + m[..., None]
+        start = m[..., None]
     else:  # sums that never leave their own sequence, so that nothing before a reset is in them, exactly
+        sound = jnp.isfinite(C).all((2, 3)) & jnp.isfinite(n).all(2) & jnp.isfinite(m)
+        C, n, m = select(sound, state, jax.tree.map(jnp.zeros_like, state))  # 0 times an infinity is no 0
         segment = jnp.cumsum(reset, axis=-1)
         allowed = allowed & (segment[:, None, :, None] == segment[:, None, None, :])
         carried = (segment == 0)[:, None]
         F = jnp.where(allowed, log_f[..., None, :], 0).sum(axis=-1)
-        base = F + jnp.where(carried, m[..., None], 0)
+        start = jnp.where(carried, m[..., None], 0)
+    base = F + start
     D = jnp.where(allowed, F[..., :, None] - F[..., None, :] + log_i[..., None, :], -jnp.inf)
-    m_all = jnp.maximum(base, D.max(axis=-1)) if stabilise else jnp.broadcast_to(m[..., None], base.shape)
+    m_all = jnp.maximum(base, D.max(axis=-1)) if stabilise else jnp.broadcast_to(start, base.shape)
     old = jnp.exp(base - m_all)  # weight of the carried memory at each step
     if reset is not None:
         old = jnp.where(carried, old, 0)
@@ -156,7 +167,12 @@ def _chunk(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
     C = old[..., -1, None, None] * C + jnp.einsum("bhjk,bhjv->bhkv", last, v, preferred_element_type=m.dtype)
     if normalize:
         n = old[..., -1, None] * n + last.sum(axis=2)
-    return MLSTMState(C, n, m_all[..., -1]), h
+    state = MLSTMState(C, n, m_all[..., -1])
+    if reset is not None:
+        sound = sound[..., None] | ~carried  # a memory that is no number is put back where it is seen
+        h = jnp.where(sound[..., None], h, jnp.nan)
+        state = select(sound[..., -1], state, jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state))
+    return state, h
 
 
 def _chunkwise(inputs, state, chunk_size, options):

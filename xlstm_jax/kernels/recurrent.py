@@ -15,17 +15,25 @@ method `inner(x, r, state, params)`: its value times S is appended to r. The lin
              the rule is linearised for all steps of a chunk at once, the reverse loop holds only that linear map and
              the recurrent products, and the gradients of R, S, W and b are one product each a chunk. `remat=True` keeps
              one state a chunk and computes the others again. Its gradient is exact; it has no forward-mode derivative.
+    "pallas" one TPU kernel forward and one backward (`pallas_recurrent.py`), of rules that are elementwise in the
+             features, with Dense maps and without `inner` and noise, where R fits into the chip's VMEM.
+             "pallas_interpret" is the same kernel interpreted, slowly and on any device, for tests
+    "auto"   "pallas" where the program is for one TPU and the kernel serves it, else "fused" (`choice.py`)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
+
+from ..names import unknown
+from .choice import CHOSEN_FORMS, choose, record, target
 
 State = Any  # a NamedTuple of arrays (B, ...) with a field h
 Gates = tuple[Array, ...]  # (B, ..., D) each
@@ -119,8 +127,8 @@ def recurrent(
     with R and before `inner` sees it; `noise`, arrays (B, T, ...), is handed to the rule step by step; neither has a
     gradient.
     """
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r} of a recurrent cell; there are {sorted(FORMS)}")
+    if form not in FORMS and form not in CHOSEN_FORMS:
+        raise ValueError(unknown("form of a recurrent cell", form, (*FORMS, *CHOSEN_FORMS)))
     if xs.shape[1] == 0:
         raise ValueError("xs has no time step (T = 0); at least one is needed")
     if chunk_size < 1:
@@ -128,8 +136,22 @@ def recurrent(
     given = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), Given(mask, reset, noise))
     weights = Weights(R, S, W, b, params)
     spec = Spec(rule, maps, jnp.dtype(dtype or R.dtype), remat, reverse)
-    ys, state = FORMS[form](spec, chunk_size, xs, weights, state, given, state_scale)
+    choice = record(choose(form, target(), partial(_plan, form, spec, xs, weights, state, given, state_scale)))
+    if choice.form == "pallas":
+        from .pallas_recurrent import run
+
+        ys, state = run(choice.plan, spec, xs, weights, state, given, state_scale)
+    else:
+        ys, state = FORMS[choice.form](spec, chunk_size, xs, weights, state, given, state_scale)
     return jnp.swapaxes(ys, 0, 1), state
+
+
+def _plan(form, *arguments):
+    """The kernel's plan for the target; imported here because Pallas is slow to load, and needed on a TPU only."""
+    from .pallas_recurrent import plan_for
+
+    *arguments, target = arguments
+    return plan_for(*arguments, vmem=target.vmem, cores=target.cores, interpret=form == "pallas_interpret")
 
 
 def project(spec: Spec, xs: Float[Array, "B T ..."], weights: Weights, dtype: DTypeLike) -> Float[Array, "T B ..."]:
@@ -144,9 +166,13 @@ def project(spec: Spec, xs: Float[Array, "B T ..."], weights: Weights, dtype: DT
     return x + weights.b.reshape((1,) * (x.ndim - 2) + weights.b.shape).astype(dtype)
 
 
-def unstack(gates: Array | None) -> Gates:
-    """One array a gate, from the last axis but one."""
-    return () if gates is None else jnp.unstack(gates, axis=-2)
+def unstack(gates: Array) -> Gates:
+    """One array a gate, from the last axis but one.
+
+    Loops over time take their steps from one array a gate: where a step is cut out of an array of all gates and then
+    into gates, XLA does not vectorise the rule on a CPU (an LSTM's forward loop took 1.8 to 2.8 times as long).
+    """
+    return jnp.unstack(gates, axis=-2)
 
 
 def stack(gates: Gates) -> Array:
@@ -183,12 +209,11 @@ def masked_rule(spec: Spec, x: Gates, r: Gates, state: State, params: Any, given
 
 
 def _step(spec, weights, state, x, given, scale):
-    """Both recurrent shares of the gates (the second None without S), the next state and the output."""
-    x = unstack(x)
-    r, u = spec.product(scaled(state.h, scale), weights.R), None
+    """Both recurrent shares of the gates (the second empty without S), the next state and the output."""
+    r, u = unstack(spec.product(scaled(state.h, scale), weights.R)), ()
     if weights.S is not None:
-        u = spec.product(inner(spec, x, unstack(r), state, weights.params, scale), weights.S)
-    return (r, u), *masked_rule(spec, x, (*unstack(r), *unstack(u)), state, weights.params, given)
+        u = unstack(spec.product(inner(spec, x, r, state, weights.params, scale), weights.S))
+    return (r, u), *masked_rule(spec, x, (*r, *u), state, weights.params, given)
 
 
 def _scan(spec, chunk_size, xs, weights, state, given, scale):
@@ -198,7 +223,7 @@ def _scan(spec, chunk_size, xs, weights, state, given, scale):
 
     if spec.remat:
         body = jax.checkpoint(body)
-    x = project(spec, xs, weights, state.h.dtype)
+    x = unstack(project(spec, xs, weights, state.h.dtype))
     state, ys = jax.lax.scan(body, state, (x, given), reverse=spec.reverse)
     return ys, state
 
@@ -229,31 +254,78 @@ def _chunk_inputs(n, L, xs, given):
 
 
 class Kept(NamedTuple):
-    """What the backward pass of a chunk reads: the state before each step and all shares of the gates."""
+    """What the backward pass of a chunk reads: the state before each step and all shares of the gates; a gate that the
+    rule only adds to its recurrent share is kept as their sum, in x, with None in r."""
 
     state: State
-    x: Array
-    r: Array
-    u: Array | None
+    x: Gates
+    r: tuple[Array | None, ...]
+    u: Gates
 
 
 def _run_chunk(spec, x, weights, state, given, scale, keep):
-    """One chunk forward from its projected inputs x (L, B, G, D), and what its backward pass needs, if asked for."""
+    """One chunk forward from its projected inputs x (L, B, ..., D), and what its backward pass needs, if asked for."""
 
     def body(state, inputs):
         x, given = inputs
         before = emptied(given.reset, state)
-        shares, state, y = _step(spec, weights, before, x, given, scale)
-        return state, (y, (before, *shares) if keep else None)
+        (r, u), state, y = _step(spec, weights, before, x, given, scale)
+        if not keep:
+            return state, (y, None)
+        added = only_added(spec, x, r, u, before, weights, given, scale)
+        x = tuple(a + b if add else a for a, b, add in zip_longest(x, r, added))
+        return state, (y, Kept(before, x, tuple(None if add else b for b, add in zip(r, added)), u))
 
     state, (ys, kept) = jax.lax.scan(body, state, (x, given), reverse=spec.reverse)
-    return state, ys, Kept(kept[0], x, *kept[1:]) if keep else None
+    return state, ys, kept
+
+
+def only_added(spec, x, r, u, state, weights, given, scale) -> tuple[bool, ...]:
+    """For each recurrent share whether the rule sees only its sum with the input's: then both have one cotangent."""
+    added = []
+
+    def probe(x, r, u, state, params):
+        after, pull = jax.vjp(lambda x, r: masked_rule(spec, x, (*r, *u), state, params, given), x, r)
+        pairs = [zip(*pull(after))]
+        if weights.S is not None:
+            v, pull = jax.vjp(lambda x, r: inner(spec, x, r, state, params, scale), x, r)
+            pairs.append(zip(*pull(v)))
+        added.extend(all(dx is dr for dx, dr in gate) for gate in zip(*pairs))
+
+    jax.eval_shape(probe, x, r, u, state, weights.params)
+    return tuple(added)
+
+
+def linearised(spec, weights, kept, given, scale):
+    """One step's transposed rule, of x, the shares in r that are kept, u, the state and the parameters; where there is
+    an S, the inner value's transposed map and the value too."""
+    zeros = tuple(jnp.zeros_like(a) for a in kept.x)
+
+    def shares(r):
+        r = iter(r)
+        return tuple(zero if own is None else next(r) for zero, own in zip(zeros, kept.r))
+
+    def rule(x, r, u, state, params):
+        return masked_rule(spec, x, (*shares(r), *u), state, params, given)
+
+    r = tuple(own for own in kept.r if own is not None)
+    pull = jax.vjp(rule, kept.x, r, kept.u, kept.state, weights.params)[1]
+    if weights.S is None:
+        return pull, None, None
+    v, pull_inner = jax.vjp(
+        lambda x, r, state, params: inner(spec, x, shares(r), state, params, scale),
+        kept.x,
+        r,
+        kept.state,
+        weights.params,
+    )
+    return pull, pull_inner, v
 
 
 def _forward(spec, L, xs, weights, state, given, scale, keep):
     def body(state, n):
         x, part = _chunk_inputs(n, L, xs, given)
-        x = project(spec, x, weights, state.h.dtype)
+        x = unstack(project(spec, x, weights, state.h.dtype))
         new, ys, kept = _run_chunk(spec, x, weights, state, part, scale, keep and not spec.remat)
         return new, (ys, state if keep and spec.remat else kept)
 
@@ -277,19 +349,6 @@ def _chunks_backward(spec, L, residuals, cotangents):
     d_ys, d_state = cotangents
     d_ys = d_ys.reshape(-1, L, *d_ys.shape[1:])
 
-    def linearise(kept, given):
-        """One step's transposed rule; where there is an S, the inner value and its transposed map too."""
-        x, r, u = unstack(kept.x), unstack(kept.r), unstack(kept.u)
-
-        def rule(x, r, u, state, params):
-            return masked_rule(spec, x, (*r, *u), state, params, given)
-
-        pull = jax.vjp(rule, x, r, u, kept.state, weights.params)[1]
-        if weights.S is None:
-            return pull, None, None
-        v, pull_inner = jax.vjp(lambda *args: inner(spec, *args, scale), x, r, kept.state, weights.params)
-        return pull, pull_inner, v
-
     def product(h, R):
         return spec.product(scaled(h, scale), R)
 
@@ -299,8 +358,9 @@ def _chunks_backward(spec, L, residuals, cotangents):
         x_in, part = _chunk_inputs(n, L, xs, given)
         x, pull_projection = jax.vjp(lambda x, w: project(spec, x, w, d_state.h.dtype), x_in, weights)
         if spec.remat:
-            kept = _run_chunk(spec, x, weights, kept, part, scale, keep=True)[2]
-        *pulls, v = jax.lax.optimization_barrier(jax.vmap(linearise)(kept, part))  # all steps of the chunk at once
+            kept = _run_chunk(spec, unstack(x), weights, kept, part, scale, keep=True)[2]
+        linear = jax.vmap(lambda kept, given: linearised(spec, weights, kept, given, scale))  # all steps at once
+        pull, pull_inner, v = jax.lax.optimization_barrier(linear(kept, part))
         v_step = None if v is None else jax.ShapeDtypeStruct(v.shape[1:], v.dtype)
 
         def reverse_step(carry, inputs):
@@ -311,15 +371,16 @@ def _chunks_backward(spec, L, residuals, cotangents):
                 du = stack(du)
                 d_v = jax.linear_transpose(lambda v: spec.product(v, weights.S), v_step)(du)[0]
                 dx, dr, d_state, dp = jax.tree.map(jnp.add, (dx, dr, d_state, dp), pull_inner(d_v))
-            same = len(dx) == len(dr) and all(a is b for a, b in zip(dx, dr))  # a rule that only adds the two
-            dx = stack(dx)
-            dr = dx if same else stack(dr)
-            d_h = jax.linear_transpose(lambda h: product(h, weights.R), d_state.h)(dr)[0]
+            own = any(b is not None for b in kept.r) or len(kept.r) < len(dx)
+            dr = iter(dr)
+            dr = tuple(a if b is None else next(dr) for a, b in zip(dx, kept.r))
+            dx, dr = stack(dx), stack(dr) if own else None
+            d_h = jax.linear_transpose(lambda h: product(h, weights.R), d_state.h)(dx if dr is None else dr)[0]
             d_state = emptied(reset, d_state._replace(h=d_state.h + d_h))
-            return (d_state, jax.tree.map(jnp.add, d_params, dp)), (dx, None if same else dr, du)
+            return (d_state, jax.tree.map(jnp.add, d_params, dp)), (dx, dr, du)
 
         (d_state, d_params), (dx, dr, du) = jax.lax.scan(
-            reverse_step, (d_state, d_weights.params), (*pulls, d_y, part.reset), reverse=not spec.reverse
+            reverse_step, (d_state, d_weights.params), (pull, pull_inner, d_y, part.reset), reverse=not spec.reverse
         )
         d_R = jax.vjp(lambda R: product(kept.state.h, R), weights.R)[1](dx if dr is None else dr)[0]
         d_S = None if v is None else jax.vjp(lambda S: spec.product(v, S), weights.S)[1](du)[0]

@@ -8,11 +8,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ..cells.arguments import check_array, check_flags, check_tokens
 from ..cells.base import Cell, masked
 from ..initializers import Initializer, small_init
 from ..layers import Norm
 from ..names import unknown
-from ..regularizers import check_rates, dropout
+from ..regularizers import check_rates, dropout, split
 from .backbone import backbone as make_backbone
 
 NORMS = {"layer": {}, "rms": dict(mean=False), "rms_bias": dict(mean=False, use_bias=True), "none": None}
@@ -68,9 +69,6 @@ class Tagger(Cell):
 
         final_norm, norm_eps, norm_scale: see `output_norm`; norm_eps is of all norms of "xlstm_large".
         """
-        for what, value in {"dim": dim, "num_layers": num_layers, "embedding_dim": embedding_dim}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{what} is {value}: at least 1 is needed")
         check_rates(dropout=dropout)
         embedding_dim = embedding_dim or dim
         self.vocab_size, self.num_classes, self.dropout = vocab_size, num_classes, dropout
@@ -83,19 +81,31 @@ class Tagger(Cell):
         self.backbone = make_backbone(backbone, dim, num_layers, **widths, **shared, **options)
         self.head = nnx.Linear(dim, num_classes, use_bias=False, kernel_init=head_init or small_init(dim), **shared)
 
+    def input_shape(self, xs: Any) -> tuple[int | str, ...]:
+        return ()
+
     def initial_state(self, batch_size: int) -> Any:
         """The backbone's."""
         return self.backbone.initial_state(batch_size)
 
-    def features(self, tokens, state, mask, reset, key) -> tuple[Float[Array, "B T D"], Any]:
-        """What the head reads."""
-        if tokens.ndim != 2 or tokens.shape[1] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens must be integers (B, T) with T at least 1, not {tokens.dtype} {tokens.shape}")
-        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+    def hidden(self, tokens, state, mask, reset, *, key=None) -> tuple[Float[Array, "B T D"], Any]:
+        """What the backbone gives, and the last state."""
+        check_array("tokens", tokens, "BT", (), jnp.integer)
+        check_flags(tokens, mask, reset)
+        check_tokens(tokens, mask, self.vocab_size)
+        keys = split(key, 3)
         xs = dropout(self.embedding(tokens), self.dropout, keys[0])
-        xs, state = self.backbone(xs, state, mask, reset, key=keys[1])
-        xs = xs if self.norm is None else self.norm(xs)
-        return dropout(xs, self.dropout, keys[2]), state
+        return self.backbone(xs, state, mask, reset, key=keys[1])
+
+    def features(self, ys: Float[Array, "B T D"], *, key=None) -> Float[Array, "B T D"]:
+        """What the head reads."""
+        ys = ys if self.norm is None else self.norm(ys)
+        return dropout(ys, self.dropout, split(key, 3)[2])
+
+    def answers(self, ys: Float[Array, "B T D"], mask=None, *, key=None) -> Float[Array, "B T C"]:
+        """From what the backbone gives to float32 (or wider) logits, zero where masked."""
+        logits = self.logits(self.features(ys, key=key))
+        return masked(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), mask)
 
     def __call__(
         self,
@@ -107,10 +117,8 @@ class Tagger(Cell):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T C"], Any]:
         """tokens (B, T) to float32 (or wider) logits, zero where masked, and the last state."""
-        xs, state = self.features(tokens, state, mask, reset, key)
-        logits = self.logits(xs)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return masked(logits, mask), state
+        ys, state = self.hidden(tokens, state, mask, reset, key=key)
+        return self.answers(ys, mask, key=key), state
 
     def logits(self, xs: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
         """The head."""
@@ -161,14 +169,15 @@ class Classifier(Tagger):
     """One answer a sequence, from its last valid step (`pool="last"`) or the mean of its valid steps (`"mean"`)."""
 
     def __init__(self, vocab_size: int, num_classes: int, *, pool: str = "last", **options):
-        super().__init__(vocab_size, num_classes, **options)
         if pool not in ("last", "mean"):
             raise ValueError(f"pool must be 'last' or 'mean', not {pool!r}")
+        super().__init__(vocab_size, num_classes, **options)
         self.pool = pool
 
     def __call__(self, tokens, state=None, mask=None, reset=None, *, key=None):
         """tokens (B, T) to logits (B, num_classes) and the last state; a row without a valid step has zero features."""
-        xs, state = self.features(tokens, state, mask, reset, key)
+        ys, state = self.hidden(tokens, state, mask, reset, key=key)
+        xs = self.features(ys, key=key)
         valid = jnp.ones(tokens.shape, bool) if mask is None else mask
         if self.pool == "last":
             last = jnp.max(jnp.where(valid, jnp.arange(tokens.shape[1])[None], -1), axis=1)

@@ -10,6 +10,7 @@ from xlstm_jax.tasks.even_pairs import EvenPairs
 from xlstm_jax.tasks.modular_arithmetic import ModularArithmetic
 from xlstm_jax.tasks.parity import Parity
 from xlstm_jax.tasks.task import SPLITS, Batch, check
+from xlstm_jax.tasks.text_lm import TextLM
 
 __all__ = ["SPLITS", "TASKS", "Batch", "check", "make"]
 
@@ -19,6 +20,7 @@ TASKS = {
     "cycle_navigation": CycleNavigation,
     "modular_arithmetic": ModularArithmetic,
     "byte_lm": ByteLM,
+    "text_lm": TextLM,
 }
 
 
@@ -31,6 +33,8 @@ def make(name: str, **options: Any) -> Any:
     for option, value in options.items():
         if option not in defaults:
             raise ValueError(unknown(f"option of task {name}", option, defaults))
+        if type(value) is int and type(defaults[option]) is float:
+            options[option] = value = float(value)
         if not _same_type(value, defaults[option]):
             raise ValueError(f"task {name}: {option} must be of the kind of {defaults[option]!r}, not {value!r}")
     return TASKS[name](**options)

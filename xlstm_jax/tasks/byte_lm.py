@@ -1,7 +1,7 @@
 """Byte-level language modelling on a corpus of `data.corpora`: which byte comes next?"""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import jax
@@ -36,6 +36,8 @@ class ByteLM:
     corpus: str = "bundled:kjv"
     seq_len: int = 256  # bytes
     carries_state: bool = True
+    ar: float = 0.0  # adds ar x activation_l2 of the last layer's outputs to the training loss (AR)
+    tar: float = 0.0  # adds tar x temporal_l2 of them (TAR)
     data: UInt8[Array, " N"] = field(init=False, repr=False)
     data_hash: str = field(init=False, repr=False)  # SHA-256 of the corpus
 
@@ -47,13 +49,20 @@ class ByteLM:
     def __post_init__(self):
         if self.seq_len < 1:
             raise ValueError(f"{self.name}: seq_len must be at least 1, not {self.seq_len}")
+        for option in ("ar", "tar"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise ValueError(f"{self.name}: {option} must be finite and at least 0, not {getattr(self, option)}")
+        for name, value in self._read().items():
+            object.__setattr__(self, name, value)
+
+    def _read(self):
+        """The fields that the corpus decides."""
         data = corpora.load(self.corpus)
         start, stop = corpora.bounds(data.size, "train")
         if data.size > LARGEST or stop - start <= self.seq_len or corpora.part(data, "valid").size == 0:
             least = max(math.ceil((self.seq_len + 1) / 0.9), 20)
             raise ValueError(f"{self.name}: {self.corpus} has {data.size} bytes: need {least} (seq_len) to {LARGEST}")
-        object.__setattr__(self, "data", jnp.asarray(data))
-        object.__setattr__(self, "data_hash", corpora.content_hash(data))
+        return {"data": jnp.asarray(data), "data_hash": corpora.content_hash(data)}
 
     def batch(self, split: str, seed: Int[ArrayLike, ""], step: Int[ArrayLike, ""], batch_size: int) -> Batch:
         """Batch number `step`; in evaluation, steps 0 .. num_batches - 1."""
@@ -76,13 +85,17 @@ class ByteLM:
         loss = float(sums["nll"]) / float(sums["weight"])
         return {"loss": loss, "bits_per_byte": loss / math.log(2)}
 
+    def bounds(self, split: str) -> tuple[int, int]:
+        """First position of a split's targets in `data` and the one after their last."""
+        return corpora.bounds(self.data.size, split)
+
     def _stream_length(self, split, batch_size):
-        start, stop = corpora.bounds(self.data.size, split)
+        start, stop = self.bounds(split)
         return math.ceil((stop - start) / batch_size)
 
     def _pairs(self):
         """Number of (byte, next byte) pairs in the training split."""
-        start, stop = corpora.bounds(self.data.size, "train")
+        start, stop = self.bounds("train")
         return stop - start - 1
 
     def _at(self, positions, weights, reset=None):
@@ -109,7 +122,7 @@ class ByteLM:
         return self._at(positions, jnp.ones(positions.shape, jnp.float32), reset)
 
     def _stretch(self, split, step, rows, columns, batch_size):
-        start, stop = corpora.bounds(self.data.size, split)
+        start, stop = self.bounds(split)
         length = self._stream_length(split, batch_size)
         offset = step * self.seq_len + columns  # within the stream
         target = start + rows * length + offset
@@ -117,17 +130,20 @@ class ByteLM:
         return self._at(jnp.where(asked, target, start) - 1, asked.astype(jnp.float32))
 
 
-def _flatten(task):
-    return (task.data,), (task.corpus, task.seq_len, task.carries_state, task.data_hash)
+def register(cls: type) -> None:
+    """Make the class a pytree whose one leaf is `data`; a copy is made without __init__, which reads files."""
+    settings = [each.name for each in fields(cls) if each.name != "data"]
+
+    def flatten(task):
+        return (task.data,), tuple(getattr(task, name) for name in settings)
+
+    def unflatten(values, leaves):
+        task = object.__new__(cls)
+        for name, value in zip((*settings, "data"), (*values, *leaves), strict=True):
+            object.__setattr__(task, name, value)
+        return task
+
+    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
 
-def _unflatten(settings, leaves):
-    task = object.__new__(ByteLM)  # not through __init__, which reads the file
-    for name, value in zip(
-        ("corpus", "seq_len", "carries_state", "data_hash", "data"), (*settings, *leaves), strict=True
-    ):
-        object.__setattr__(task, name, value)
-    return task
-
-
-jax.tree_util.register_pytree_node(ByteLM, _flatten, _unflatten)
+register(ByteLM)

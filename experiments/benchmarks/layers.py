@@ -1,0 +1,220 @@
+"""Our layers of a case: what is timed in each form, what it must agree with, and its matrix products alone."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.benchmarks.cases import BOTH, Case
+from experiments.benchmarks.timing import Program, jax_program
+from xlstm_jax import cells
+from xlstm_jax.kernels.mlstm import mlstm
+
+RULE_FORMS = {
+    "default": {},
+    "scan": dict(form="scan"),
+    "fused 16": dict(form="fused", chunk_size=16),
+    "fused 64": dict(form="fused", chunk_size=64),
+    "fused 256": dict(form="fused", chunk_size=256),
+    "fused 64 remat": dict(form="fused", chunk_size=64, remat=True),
+}
+MEMORY_FORMS = {
+    "default": {},
+    "recurrent": dict(form="recurrent"),
+    "parallel": dict(form="parallel"),
+    "chunkwise 32": dict(form="chunkwise", chunk_size=32),
+    "chunkwise 128": dict(form="chunkwise", chunk_size=128),
+    "chunkwise 256": dict(form="chunkwise", chunk_size=256),
+}
+KINDS = ("lstm", "gru", "bilstm", "slstm", "convlstm", "mlstm")
+LONGEST_PARALLEL = 2048  # steps
+CHECKED = dict(B=2, T=272)  # sizes of the gradient check, at most; the others are the case's own
+TOLERANCE = 1e-9  # of a gradient, relative to its largest entry
+PRODUCT_CHUNK = 64  # the chunk that the mLSTM's products are counted for
+
+
+class Data(NamedTuple):
+    """Numpy arrays, the same for all; xs and what follows are differentiated, a cotangent per output."""
+
+    inputs: tuple[np.ndarray, ...]
+    lengths: np.ndarray | None
+    cotangent: np.ndarray
+
+
+class Layer(NamedTuple):
+    """apply(params, inputs) -> outputs, in JAX."""
+
+    apply: Callable[[Any, tuple], Any]
+    params: Any
+    inputs: tuple
+
+
+def data(case: Case) -> Data:
+    """Noise, from one seed."""
+    random, s = np.random.default_rng(0), case.sizes
+    noise = lambda *shape: random.standard_normal(shape, np.float32)  # noqa: E731
+    B, T = s["B"], s["T"]
+    if case.kind == "mlstm":
+        q, k, v = noise(B, T, s["N"], s["K"]), noise(B, T, s["N"], s["K"]), noise(B, T, s["N"], s["V"])
+        return Data((q, k, v, noise(B, T, s["N"]), noise(B, T, s["N"]) + 3), None, noise(*v.shape))
+    if case.kind == "slstm":
+        return Data((noise(B, T, 4, s["H"]),), None, noise(B, T, s["H"]))
+    if case.kind == "convlstm":
+        return Data((noise(B, T, s["S"], s["S"], s["C"]),), None, noise(B, T, s["S"], s["S"], s["H"]))
+    if case.kind == "bilstm":
+        lengths = random.integers(T // 2, T + 1, B)
+        lengths[0] = T  # as long as the padded batch
+        valid = np.arange(T)[None, :, None] < lengths[:, None, None]
+        return Data((noise(B, T, s["D"]),), lengths, noise(B, T, 2 * s["H"]) * valid)
+    return Data((noise(B, T, s["D"]),), None, noise(B, T, s["H"]))
+
+
+def cell(case: Case, options: dict[str, Any], param_dtype=jnp.float32) -> cells.Cell:
+    """From one seed; the mLSTM case is its kernel and has none."""
+    s, shared = case.sizes, dict(param_dtype=param_dtype) | options
+    if case.kind == "gru":
+        return cells.GRU(s["D"], s["H"], reset_after=True, rngs=nnx.Rngs(0), **shared)
+    if case.kind == "slstm":
+        return cells.SLSTM(None, s["H"], num_heads=s["N"], recurrent_init="orthogonal", rngs=nnx.Rngs(0), **shared)
+    if case.kind == "convlstm":
+        return cells.ConvLSTM(s["C"], s["H"], 3, space=(s["S"], s["S"]), rngs=nnx.Rngs(0), **shared)
+    if case.kind == "bilstm":
+        return cells.Bidirectional(*(cells.LSTM(s["D"], s["H"], rngs=nnx.Rngs(n), **shared) for n in range(2)))
+    return cells.LSTM(s["D"], s["H"], rngs=nnx.Rngs(0), **shared)
+
+
+def forms(case: Case) -> dict[str, dict[str, Any]]:
+    """Options by name; the second is the plain form that the others must agree with."""
+    known = MEMORY_FORMS if case.kind == "mlstm" else RULE_FORMS
+    T = case.sizes["T"]
+
+    def useful(name, options):
+        return options.get("chunk_size", 0) <= T and not (name == "parallel" and T > LONGEST_PARALLEL)
+
+    return {name: options for name, options in known.items() if useful(name, options)}
+
+
+def layer(case: Case, options: dict[str, Any], given: Data, dtype=jnp.float32) -> Layer:
+    """Ours, in a form."""
+    inputs = tuple(jnp.asarray(a, dtype) for a in given.inputs)
+    if case.kind == "mlstm":
+        return Layer(lambda params, inputs: mlstm(*inputs, **options)[0], (), inputs)
+    graphdef, params = nnx.split(cell(case, options, dtype))
+    mask = None
+    if given.lengths is not None:
+        mask = jnp.arange(given.inputs[0].shape[1])[None] < jnp.asarray(given.lengths)[:, None]
+    return Layer(lambda params, inputs: nnx.merge(graphdef, params)(*inputs, mask=mask)[0], params, inputs)
+
+
+def both(apply: Callable) -> Callable:
+    """(params, inputs, cotangent) to the outputs and the gradients of params and inputs."""
+
+    def run(params, inputs, cotangent):
+        ys, pull = jax.vjp(apply, params, inputs)
+        return ys, pull(cotangent)
+
+    return run
+
+
+def program(layer: Layer, pass_: str, cotangent: np.ndarray) -> Program:
+    """A JAX layer, ours or another's, in one pass."""
+    if pass_ == BOTH:
+        return jax_program(both(layer.apply), layer.params, layer.inputs, jnp.asarray(cotangent))
+    return jax_program(layer.apply, layer.params, layer.inputs)
+
+
+def plain(case: Case) -> str:
+    return "recurrent" if case.kind == "mlstm" else "scan"
+
+
+def check(case: Case) -> dict[str, dict[str, Any]]:
+    """By form: the error of its float64 gradients, relative to the plain form's by autodiff."""
+    sizes = {axis: min(size, CHECKED.get(axis, size)) for axis, size in case.sizes.items()}
+    small = case._replace(sizes=sizes)
+    given, found, want = data(small), {}, None
+    with jax.enable_x64(True):
+        for name in (plain(case), *(name for name in forms(case) if name != plain(case))):
+            each = layer(small, forms(case)[name], given, jnp.float64)
+            got = jax.jit(both(each.apply))(each.params, each.inputs, jnp.asarray(given.cotangent, jnp.float64))
+            want = got if want is None else want
+            error = worst(got, want)
+            found[name] = dict(error=float(f"{error:.2g}"), tolerance=TOLERANCE, ok=bool(error <= TOLERANCE))
+            found[name] |= dict(against=f"{plain(case)}, autodiff, float64", sizes=sizes)
+    return found
+
+
+def worst(got: Any, want: Any) -> float:
+    """The largest error of any array, relative to the array's largest entry; infinite where it is no number."""
+    errors = [0.0]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-30)
+        errors.append(float(error) if np.isfinite(error) else np.inf)
+    return max(errors)
+
+
+def products(case: Case, pass_: str, given: Data) -> Program:
+    """The matrix products (or convolutions) alone, the recurrent ones one after another: no program can be faster."""
+    if case.kind == "mlstm":
+        return memory_products(case, pass_, given)
+    each = cell(case, {})
+    directions = [each.forward, each.backward] if case.kind == "bilstm" else [each]
+    weights = [(None if c.W is None else c.W[...], c.R[...]) for c in directions]
+    maps, h = directions[0].maps, jnp.full(directions[0].initial_state(given.inputs[0].shape[0]).h.shape, 0.1)
+
+    def direction(W, R, xs):
+        project = lambda xs, W: xs if W is None else maps.project(xs, W, jnp.float32)  # noqa: E731
+        back = jax.linear_transpose(lambda h: maps.product(h, R), h)
+        x, pull_projection = jax.vjp(project, jnp.swapaxes(xs, 0, 1), W)
+
+        def step(h, _):
+            new = maps.product(h, R)[..., 0, :]
+            return new, h
+
+        last, hs = jax.lax.scan(step, h, None, length=x.shape[0])
+        if pass_ != BOTH:
+            return x, last
+        d_h = jax.lax.scan(lambda _, d: (back(d)[0], None), h, x)[0]
+        d_R = jax.vjp(lambda R: maps.product(hs, R), R)[1](x)
+        return d_h, d_R, pull_projection(x)
+
+    xs = jnp.asarray(given.inputs[0])
+    return jax_program(lambda weights, xs: [direction(W, R, xs) for W, R in weights], weights, xs)
+
+
+def memory_products(case: Case, pass_: str, given: Data) -> Program:
+    """Those of the chunkwise form, all chunks at once."""
+    L = min(PRODUCT_CHUNK, case.sizes["T"])
+    q, k, v = (jnp.asarray(a[:, : a.shape[1] // L * L]) for a in given.inputs[:3])
+    q, k, v = (a.reshape(a.shape[0], -1, L, *a.shape[2:]).transpose(0, 3, 1, 2, 4) for a in (q, k, v))
+
+    def forward(q, k, v):
+        P = jnp.einsum("bhntk,bhnjk->bhntj", q, k)
+        C = jnp.einsum("bhnjk,bhnjv->bhnkv", k, v)
+        return jnp.einsum("bhntj,bhnjv->bhntv", P, v), jnp.einsum("bhntk,bhnkv->bhntv", q, C)
+
+    def run(q, k, v):
+        if pass_ != BOTH:
+            return forward(q, k, v)
+        hs, pull = jax.vjp(forward, q, k, v)
+        return hs, pull(hs)
+
+    return jax_program(run, q, k, v)
+
+
+def flops(case: Case, pass_: str) -> float:
+    """Of the matrix products alone, two a multiplication with its sum; backward takes twice the forward's."""
+    s = case.sizes
+    times = 3 if pass_ == BOTH else 1
+    if case.kind == "mlstm":
+        L, K, V = min(PRODUCT_CHUNK, s["T"]), s["K"], s["V"]
+        return times * 2 * s["B"] * s["T"] * s["N"] * (L * K + L * V + 2 * K * V)
+    if case.kind == "convlstm":
+        return times * 2 * s["B"] * s["T"] * s["S"] ** 2 * 9 * (s["C"] + s["H"]) * 4 * s["H"]
+    gates = 3 if case.kind == "gru" else 4
+    inputs = s["D"] if "D" in s else 0
+    directions = 2 if case.kind == "bilstm" else 1
+    return times * directions * 2 * s["B"] * s["T"] * gates * s["H"] * (inputs + s["H"] / s.get("N", 1))

@@ -1,0 +1,66 @@
+"""Compiles the Pallas kernels for the TPU topologies named on the command line; one JSON row a case.
+
+A process of its own: libtpu ends one whose XLA_FLAGS has flags of the CPU compiler. Each compile is held to the VMEM
+that `vmem_bytes` states.
+"""
+
+import json
+import os
+import sys
+import time
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_ID": "0"}
+os.environ.pop("XLA_FLAGS", None)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from flax import nnx  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+
+from xlstm_jax import cells  # noqa: E402
+from xlstm_jax.kernels import pallas_recurrent  # noqa: E402
+from xlstm_jax.kernels.choice import chosen_forms  # noqa: E402
+
+CASES = {  # cell, (B, T, width), its options, with masks and resets
+    "LSTM of the Bible's config": ("lstm", (32, 128, 448), {}, False),
+    "LSTM": ("lstm", (16, 1024, 512), {}, False),
+    "sLSTM, bfloat16, masks": ("slstm", (16, 1024, 768), {"num_heads": 4, "dtype": jnp.bfloat16}, True),
+    "sLSTM of the Bible's config": ("slstm", (32, 128, 192), {"num_heads": 4}, True),
+}
+
+
+def compile_case(topology: str, name: str) -> dict:
+    """The gradient's program, which has both kernels: what was chosen, bytes of VMEM, seconds, calls of kernels."""
+    kind, (B, T, D), options, flags = CASES[name]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    mesh = Mesh([device], ("x",))
+
+    def shaped(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    cell = cells.CELLS[kind](D, D, form="auto", rngs=nnx.Rngs(0), **options)
+    graphdef, params = nnx.split(cell)
+    params = jax.tree.map(lambda a: shaped(a.shape, a.dtype), params)
+    arguments = (params, shaped((B, T, D), jnp.float32), *(shaped((B, T), bool) if flags else None,) * 2)
+
+    def loss(params, xs, mask, reset):
+        return jnp.sum(nnx.merge(graphdef, params)(xs, None, mask, reset)[0].astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        (choice,) = chosen_forms(loss, *arguments)
+        plan, start = choice.plan, time.time()
+        tiles = {False: plan.forward, True: plan.backward}
+        vmem = [pallas_recurrent.vmem_bytes(plan.sizes, tiles[backward], backward) for backward in tiles]
+        budget = pallas_recurrent.vmem_budget
+        pallas_recurrent.vmem_budget = lambda capacity: max(vmem)
+        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().as_text()
+        pallas_recurrent.vmem_budget = budget
+    row = dict(topology=topology, case=name, form=choice.form, vmem=vmem, seconds=round(time.time() - start, 1))
+    return row | dict(tiles=[plan.forward, plan.backward], kernels=program.count('"tpu_custom_call"'))
+
+
+for topology in sys.argv[1:]:
+    for name in CASES:
+        print(json.dumps(compile_case(topology, name)), flush=True)

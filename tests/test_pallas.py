@@ -1,0 +1,183 @@
+"""The Pallas kernels: interpreted against the plain scan, compiled for TPUs, and how `form="auto"` chooses."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import close
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+
+from xlstm_jax import cells, models
+from xlstm_jax.cells.gru import gru_rule
+from xlstm_jax.kernels import pallas_recurrent
+from xlstm_jax.kernels.choice import Target, choose, chosen_forms
+from xlstm_jax.kernels.pallas_recurrent import Sizes, Tiles, plan, vmem_bytes
+from xlstm_jax.kernels.recurrent import recurrent
+
+B, T = 10, 11
+
+RULES = {
+    "gru: several heads, tiles of rows, blocks of time": (gru_rule, cells.gru.GRUState, 3, 2, 72, jnp.float64),
+    "slstm: heads merged": (cells.slstm.slstm_rule, cells.slstm.SLSTMState, 4, 4, 6, jnp.float32),
+}
+
+
+def case(name):
+    """Inputs that are gates, R, state and the rest of one rule."""
+    rule, state, G, N, F, dtype = RULES[name]
+    keys = iter(jax.random.split(jax.random.key(0), 16))
+
+    def draw(*shape):
+        return jax.random.normal(next(keys), shape, dtype)
+
+    start = state(*(abs(draw(B, N * F)) for _ in state._fields))
+    params = (draw(1, N * F),) if rule is gru_rule else ()
+    arrays = (draw(B, T, G, N * F), draw(N, F, G, F) * F**-0.5, start, draw(G, N * F), params)
+    mask = jax.random.bernoulli(next(keys), 0.7, (B, T)).at[B - 1].set(False)
+    reset = jax.random.bernoulli(next(keys), 0.2, (B, T))
+    scale = jnp.where(jax.random.bernoulli(next(keys), 0.8, start.h.shape), 1.25, 0.0).astype(dtype)
+    return rule, arrays, dict(mask=mask, reset=reset, reverse=rule is gru_rule, state_scale=scale), draw(B, T, N * F)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_kernel_equals_the_scan(x64, name, monkeypatch):
+    """Outputs, last state and all gradients, with tiles smaller than the sizes: 11 steps in blocks of 8 and 4."""
+    rule, arrays, options, weights = case(name)
+    both = Tiles(8, 1, 8), Tiles(8, 1, 4)
+    monkeypatch.setattr(pallas_recurrent, "tiles_within", lambda sizes, budget, backward, cores: both[backward])
+
+    def loss(xs, R, state, b, params, form, remat):
+        ys, last = recurrent(rule, xs, R, state, b=b, params=params, form=form, remat=remat, **options)
+        return jnp.sum(ys * weights) + sum(jnp.sum(jnp.sin(leaf)) for leaf in last), (ys, last)
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True), static_argnums=(5, 6))
+    tolerance = 1e-10 if weights.dtype == jnp.float64 else 1e-5
+    close(run(*arrays, "pallas_interpret", rule is gru_rule), run(*arrays, "scan", False), tolerance)
+
+
+def test_a_cell_on_a_simulated_tpu():
+    """Memory that nothing has written holds NaN there, so that nothing of a padded row, lane or step is read."""
+    xs = jax.random.normal(jax.random.key(0), (3, 5, 4))
+
+    def gradients(form):
+        cell = cells.PeepholeLSTM(4, 6, num_heads=2, form=form, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(cell)
+        loss = lambda params, xs: jnp.sum(nnx.merge(graphdef, params)(xs)[0] ** 2)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, xs)
+
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+        got = gradients("pallas_interpret")
+    close(got, gradients("scan"), 1e-5)
+
+
+def test_bfloat16_and_runs_side_by_side():
+    """Products in bfloat16 with a float32 state, under vmap over weights."""
+    xs = jax.random.normal(jax.random.key(0), (2, 5, 4))
+
+    def outputs(form, dtype):
+        cell = cells.GRU(4, 6, form=form, dtype=dtype, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(cell)
+        pairs = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), params)
+        return jax.jit(jax.vmap(lambda params: nnx.merge(graphdef, params)(xs)))(pairs)
+
+    ys, state = outputs("pallas_interpret", jnp.bfloat16)
+    want, _ = outputs("scan", None)
+    assert ys.dtype == jnp.bfloat16 and state.h.dtype == jnp.float32
+    assert float(jnp.max(jnp.abs(ys.astype(jnp.float32) - want))) < 0.03
+
+
+XS = jnp.ones((2, 5, 3))
+REFUSED = {
+    "inner": (lambda form: cells.GRU(3, 4, reset_after=False, form=form, rngs=nnx.Rngs(0)), "ResetBeforeRule has a se"),
+    "noise": (lambda form: cells.LSTM(3, 4, zoneout=0.1, form=form, rngs=nnx.Rngs(0)), "Zoneout draws noise"),
+    "norm": (lambda form: cells.LayerNormLSTM(3, 4, form=form, rngs=nnx.Rngs(0)), "LSTMRule has a state or parameters"),
+    "maps": (
+        lambda form: cells.ConvLSTM(3, 4, (3,), form=form, rngs=nnx.Rngs(0)),
+        "the linear maps of LSTMRule are Convolution",
+    ),
+    "sizes": (
+        lambda form: cells.LSTM(3, 2048, recurrent_init="zeros", form=form, rngs=nnx.Rngs(0)),
+        r"4 recurrent gates of 1 heads of 2048 features need \d+ bytes of VMEM at least; 14680064 may be used",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_kernel_is_refused_in_one_line(name):
+    make, message = REFUSED[name]
+    xs = XS[:, :, None] if name == "maps" else XS
+    with pytest.raises(ValueError, match=f"form='pallas_interpret': {message}") as error:
+        jax.eval_shape(lambda xs: make("pallas_interpret")(xs, key=jax.random.key(0)), xs)
+    assert "\n" not in str(error.value)
+
+
+def test_a_rule_that_mixes_features_is_refused():
+    def rule(x, r, state, params):
+        h = jnp.roll(jnp.tanh(x[0] + r[0]), 1, axis=-1)
+        return cells.gru.GRUState(h), h
+
+    state = cells.gru.GRUState(jnp.zeros((2, 4)))
+    with pytest.raises(ValueError, match="rule is not elementwise in the features"):
+        recurrent(rule, jnp.ones((2, 5, 1, 4)), jnp.ones((1, 4, 1, 4)), state, form="pallas_interpret")
+
+
+def test_a_tpu_is_needed():
+    with pytest.raises(ValueError, match="form='pallas' needs a TPU, and this program is for a cpu; form='fused' runs"):
+        cells.LSTM(3, 4, form="pallas", rngs=nnx.Rngs(0))(XS)
+
+
+def test_auto_names_its_reason():
+    tpu = Target("tpu", vmem=2**27)
+    plans = {"fits": lambda target: ("a plan", target.vmem), "does not": lambda target: "too wide for VMEM"}
+    assert choose("auto", tpu, plans["fits"])[::2] == ("pallas", ("a plan", 2**27))
+    assert choose("auto", tpu, plans["does not"])[:2] == ("fused", "too wide for VMEM")
+    assert choose("auto", tpu._replace(devices=4), plans["fits"]).form == "fused"
+    assert choose("auto", Target("gpu"), plans["fits"]).form == "fused"
+    assert choose("scan", Target("gpu"), plans["fits"]).form == "scan"
+
+
+def test_auto_is_fused_on_a_cpu_and_a_model_says_so():
+    make = lambda form: models.LM(5, backbone="lstm", dim=4, num_layers=2, form=form, rngs=nnx.Rngs(0))  # noqa: E731
+    tokens = jnp.zeros((2, 6), int)
+    chosen = chosen_forms(make("auto"), tokens)
+    assert [(choice.form, choice.reason) for choice in chosen] == [
+        ("fused", "the kernel is for TPUs, and this program is for a cpu")
+    ] * len(chosen)
+    assert chosen
+    assert np.array_equal(make("auto")(tokens)[0], make("fused")(tokens)[0])
+
+
+def test_tiles_shrink_with_the_budget_and_cores_share_the_work():
+    sizes = Sizes(64, 100, 4, 256, 4, 4, 2, 0, False, False, True, 2, 4)
+    large, small = plan(sizes, 2**27), plan(sizes, 2**24)
+    assert large.forward.heads == 4 and large.forward.rows == 64
+    for p, budget in ((large, 2**27), (small, 2**24)):
+        assert vmem_bytes(sizes, p.forward, False) <= budget and vmem_bytes(sizes, p.backward, True) <= budget
+    rows, heads, _ = plan(sizes, 2**27, cores=2).grid(plan(sizes, 2**27, cores=2).forward)
+    assert rows * heads == 2
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, of the extra [tpu], is not installed"
+)
+
+
+TOPOLOGIES = ("v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1")
+
+
+@needs_libtpu
+def test_both_kernels_compile_for_tpus():
+    """Within the VMEM that is stated, at sizes of the configs and larger ones."""
+    command = [sys.executable, "-m", "tests.compile_for_tpu", *TOPOLOGIES]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["topology"] for row in rows} == set(TOPOLOGIES)
+    assert all(row["form"] == "pallas" and row["kernels"] == 2 for row in rows), rows

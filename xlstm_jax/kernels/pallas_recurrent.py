@@ -1,0 +1,489 @@
+"""The recurrence of any rule as one TPU kernel forward and one backward: the form "pallas" of `recurrent`.
+
+R lies in VMEM for the whole sequence, blocks of time stream through, the state stays in VMEM between them. The grid is
+(batch tiles, groups of heads, blocks of time). Forward, a step is one product a head and the rule; what is kept for the
+gradient is the state before each step. Backward, the recurrent shares of a block are computed again in one product, and
+a step is `jax.vjp` of the rule and one product with R transposed. The gradients of R, W, b and the inputs are one
+product each outside. Served is a rule that is elementwise in the features, with Dense maps and without `inner` and
+noise, and finite on zeros, for features are padded to whole lanes (a head of 128) and rows to whole sublanes.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from .recurrent import Dense, Given, Spec, Weights, emptied, masked_rule, project, scaled
+
+LANES, SUBLANES = 128, 8
+LONGEST_BLOCK, SHORTEST_BLOCK, LARGEST_TILE = 32, 8, 256  # steps, steps, rows
+
+
+class Sizes(NamedTuple):
+    """What the kernels are made for; `heads` blocks in R of `width` each, several narrow heads being one block.
+
+    G, K: gates of the input and of R; fields, params: arrays in the state and of the rule; flags, scale: whether there
+    are masks or resets, and a state_scale; same: whether the gradients of both shares of the gates are equal.
+    """
+
+    B: int
+    T: int
+    heads: int
+    width: int
+    G: int
+    K: int
+    fields: int
+    params: int
+    flags: bool
+    scale: bool
+    same: bool
+    product_bytes: int
+    state_bytes: int
+
+    @property
+    def rows(self) -> int:
+        """B in whole sublanes."""
+        return -(-self.B // SUBLANES) * SUBLANES
+
+    @property
+    def lanes(self) -> int:
+        """A head's width in whole lanes."""
+        return -(-self.width // LANES) * LANES
+
+
+class Tiles(NamedTuple):
+    """Rows, heads and steps that a cell of the grid works on."""
+
+    rows: int
+    heads: int
+    steps: int
+
+    @property
+    def steps_at_once(self) -> int:
+        """Of the product that computes recurrent shares again: some 256 rows, for its code is unrolled."""
+        return min(self.steps, 1 << (max(1, 256 // self.rows).bit_length() - 1))
+
+
+class Plan(NamedTuple):
+    """Both kernels' tiles, and the VMEM that they may use."""
+
+    sizes: Sizes
+    forward: Tiles
+    backward: Tiles
+    budget: int
+    interpret: bool
+
+    def grid(self, tiles: Tiles) -> tuple[int, int, int]:
+        """Batch tiles, groups of heads, blocks of time."""
+        return self.sizes.rows // tiles.rows, self.sizes.heads // tiles.heads, -(-self.sizes.T // tiles.steps)
+
+
+def vmem_bytes(sizes: Sizes, tiles: Tiles, backward: bool) -> int:
+    """VMEM of one kernel: R once, everything else twice because the next block is fetched while one is worked on."""
+    s, lane = sizes, tiles.heads * sizes.lanes
+    block = tiles.steps * tiles.rows * lane * s.state_bytes  # a feature of each step
+    row = tiles.rows * lane * s.state_bytes
+    R = tiles.heads * s.lanes * s.K * s.lanes * s.product_bytes
+    flags = tiles.steps * tiles.rows * LANES * 4 * s.flags
+    given = (2 * s.fields + s.scale) * row + s.params * SUBLANES * lane * s.state_bytes + flags
+    if not backward:
+        step = s.K + s.G + 2 * s.fields  # values of one step
+        return R + 2 * (given + (s.G + 1 + s.fields) * block) + step * row
+    recomputed = s.K * block + (s.K + 1) * tiles.steps_at_once * row  # the shares; one product with its operand
+    streamed = (2 * s.G + 1 + s.fields + (0 if s.same else s.K)) * block
+    return R + 2 * (given + streamed + s.params * row) + recomputed + 2 * (s.K + s.G + 2 * s.fields) * row
+
+
+def tiles_within(sizes: Sizes, budget: int, backward: bool, cores: int = 1) -> Tiles | None:
+    """The largest tiles whose kernel fits: all heads and rows at once if they do, in long blocks of time.
+
+    cores: TensorCores that share the grid; where the sizes allow it each gets its part of the rows or heads.
+    """
+    heads = [n for n in range(sizes.heads, 0, -1) if sizes.heads % n == 0]
+    rows = [n for n in range(min(sizes.rows, LARGEST_TILE), 0, -SUBLANES) if sizes.rows % n == 0 and n % SUBLANES == 0]
+    longest = min(LONGEST_BLOCK, 1 << (sizes.T - 1).bit_length())
+    steps = [longest >> n for n in range(longest.bit_length()) if longest >> n >= min(SHORTEST_BLOCK, longest)]
+    fitting = [
+        tiles
+        for tiles in (Tiles(r, n, t) for n in heads for r in rows for t in steps)
+        if vmem_bytes(sizes, tiles, backward) <= budget
+    ]
+    shared = [t for t in fitting if (sizes.rows // t.rows) * (sizes.heads // t.heads) % cores == 0]
+    return (shared or fitting or [None])[0]
+
+
+def plan(sizes: Sizes, budget: int, cores: int = 1, interpret: bool = False) -> Plan | str:
+    """Tiles for both kernels, or why there are none."""
+    tiles = [tiles_within(sizes, budget, backward, cores) for backward in (False, True)]
+    if None not in tiles:
+        return Plan(sizes, *tiles, budget, interpret)
+    least = Tiles(SUBLANES, 1, min(SHORTEST_BLOCK, 1 << (sizes.T - 1).bit_length()))
+    needed = max(vmem_bytes(sizes, least, backward) for backward in (False, True))
+    return (
+        f"{sizes.K} recurrent gates of {sizes.heads} heads of {sizes.width} features need {needed} bytes of VMEM at "
+        f"least; {budget} may be used"
+    )
+
+
+def vmem_budget(capacity: int) -> int:
+    """What the kernels may use of a core's VMEM; the rest is the compiler's."""
+    return capacity - capacity // 8
+
+
+def merged_heads(N: int, width: int) -> int:
+    """How many narrow heads are one dense block: as many as fit into a block of 128 lanes."""
+    return max(n for n in range(1, N + 1) if N % n == 0 and (n == 1 or n * width <= LANES))
+
+
+def plan_for(
+    spec: Spec,
+    xs: Array,
+    weights: Weights,
+    state: Any,
+    given: Given,
+    scale: Array | None,
+    *,
+    vmem: int,
+    cores: int = 1,
+    interpret: bool = False,
+) -> Plan | str:
+    """The kernels' plan, from shapes alone, or why these arguments have none."""
+    name = getattr(spec.rule, "__name__", type(spec.rule).__name__)
+    if not isinstance(spec.maps, Dense):
+        return f"the linear maps of {name} are {type(spec.maps).__name__}, and the kernel has Dense ones only"
+    if weights.S is not None:
+        return f"{name} has a second product in a step (`inner`), and the kernel has one"
+    if not interpret and (state.h.dtype != jnp.float32 or spec.dtype not in (jnp.float32, jnp.bfloat16)):
+        return f"the kernel is for float32 and bfloat16 products and a float32 state, not {spec.dtype}, {state.h.dtype}"
+    if given.noise:
+        return f"{name} draws noise at each step, which the kernel does not read"
+    N, E, K, F = weights.R.shape
+    leaves, params = jax.tree.leaves(state), jax.tree.leaves(weights.params)
+    if E != F or any(a.shape[1:] != (N * F,) for a in leaves) or any(a.shape != (1, N * F) for a in params):
+        return f"{name} has a state or parameters that are not one number a feature"
+    G = xs.shape[2] if weights.W is None else weights.W.shape[1]
+    same = equal_gradients(spec, G, K, state, weights.params)
+    if same is None:
+        return f"{name} is not elementwise in the features"
+    merged = merged_heads(N, F)
+    sizes = Sizes(
+        *(*xs.shape[:2], N // merged, merged * F, G, K, len(leaves), len(params)),
+        *(given.mask is not None or given.reset is not None, scale is not None, same),
+        *(spec.dtype.itemsize, state.h.dtype.itemsize),
+    )
+    return plan(sizes, vmem_budget(vmem), cores, interpret)
+
+
+def equal_gradients(spec: Spec, G: int, K: int, state: Any, params: Any) -> bool | None:
+    """Whether a rule only adds both shares of its gates, read off its gradient's trace; None if it mixes features."""
+    gate = jax.ShapeDtypeStruct((5, 7), state.h.dtype)
+    state, params = jax.tree.map(lambda a: gate, (state, params))
+
+    def gradient(x, r, state, params):
+        primals, pull = jax.vjp(lambda *args: spec.rule(*args), x, r, state, params)
+        return pull(primals)[:2]
+
+    trace = jax.make_jaxpr(gradient)((gate,) * G, (gate,) * K, state, params).jaxpr
+    if not elementwise(trace, gate.shape):
+        return None
+    return G == K and all(a is b for a, b in zip(trace.outvars[:G], trace.outvars[G:]))
+
+
+def elementwise(trace: Any, shape: tuple[int, ...]) -> bool:
+    """Whether all values are scalars or of the one shape, and nothing moves along an axis."""
+    for equation in trace.eqns:
+        if equation.primitive.name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "rev", "sort"):
+            return False
+        if any(getattr(v.aval, "shape", ()) not in ((), shape) for v in equation.outvars):
+            return False
+        inner = (getattr(p, "jaxpr", p) for p in equation.params.values())
+        if not all(elementwise(p, shape) for p in inner if hasattr(p, "eqns")):
+            return False
+    return True
+
+
+# Packing: an axis of features (D,) becomes one of heads in whole lanes, gates (G, D) one of heads of gates.
+
+
+def pack(a: Array, sizes: Sizes) -> Array:
+    """(..., D) to (..., heads * lanes)."""
+    a = a.reshape(*a.shape[:-1], sizes.heads, sizes.width)
+    return padded(a, sizes.lanes, axis=-1).reshape(*a.shape[:-2], -1)
+
+
+def unpack(a: Array, sizes: Sizes) -> Array:
+    """The inverse of `pack`."""
+    a = a.reshape(*a.shape[:-1], sizes.heads, sizes.lanes)[..., : sizes.width]
+    return a.reshape(*a.shape[:-2], -1)
+
+
+def pack_gates(a: Array, sizes: Sizes) -> Array:
+    """(..., G, D) to (..., 1, heads * G * lanes): as one gate."""
+    *lead, G, _ = a.shape
+    a = jnp.swapaxes(a.reshape(*lead, G, sizes.heads, sizes.width), -3, -2)
+    return padded(a, sizes.lanes, axis=-1).reshape(*lead, 1, -1)
+
+
+def pack_matrix(R: Array, sizes: Sizes) -> Array:
+    """R (N, E, G, F) to (heads, lanes, G * lanes); merged heads stand on the diagonal of a block."""
+    N, E, G, F = R.shape
+    merged = N // sizes.heads
+    if merged > 1:
+        R = jnp.einsum("hnegf,nm->hnegmf", R.reshape(-1, merged, E, G, F), jnp.eye(merged, dtype=R.dtype))
+    R = R.reshape(sizes.heads, sizes.width, G, sizes.width)
+    return padded(padded(R, sizes.lanes, axis=1), sizes.lanes, axis=3).reshape(sizes.heads, sizes.lanes, -1)
+
+
+def padded(a: Array, size: int, axis: int) -> Array:
+    """With zeros up to `size` entries along an axis."""
+    if a.shape[axis] == size:
+        return a
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, size - a.shape[axis])
+    return jnp.pad(a, widths)
+
+
+def run(
+    plan: Plan, spec: Spec, xs: Array, weights: Weights, state: Any, given: Given, scale: Array | None
+) -> tuple[Array, Any]:
+    """Outputs (T, B, D) and the last state, as the other forms; all but the recurrence itself is plain JAX."""
+    s = plan.sizes
+
+    def rows(a, axis=0):
+        return padded(a, s.rows, axis)
+
+    def forward(xs, weights, state):
+        if weights.W is None:
+            projection = weights._replace(b=None if weights.b is None else pack_gates(weights.b, s))
+            x = project(spec, rows(pack_gates(xs, s)), projection, state.h.dtype)
+        else:
+            packed = jax.tree.map(lambda a: pack_gates(a, s), (weights.W, weights.b))
+            x = project(spec, rows(xs), weights._replace(W=packed[0], b=packed[1]), state.h.dtype)
+        start, params = jax.tree.map(lambda a: pack(a, s), (jax.tree.map(rows, state), weights.params))
+        ys, last = _recurrence(
+            *(spec, plan, x[:, :, 0], pack_matrix(weights.R, s), start, params),
+            *(packed_flags(given, s), None if scale is None else pack(rows(scale.astype(state.h.dtype)), s)),
+        )
+        return unpack(ys[:, : s.B], s), jax.tree.map(lambda a: unpack(a[: s.B], s), last)
+
+    return (jax.checkpoint(forward) if spec.remat else forward)(xs, weights, state)
+
+
+def packed_flags(given: Given, sizes: Sizes) -> Array | None:
+    """(T, B, 1): 1 where the step is masked, 2 where it is reset; None if none ever is."""
+    if not sizes.flags:
+        return None
+    skip = 0 if given.mask is None else jnp.where(given.mask, 0, 1)
+    empty = 0 if given.reset is None else jnp.where(given.reset, 2, 0)
+    return padded(skip + empty, sizes.rows, axis=1).astype(jnp.int32)[..., None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recurrence(spec, plan, x, R, state, params, flags, scale):
+    """x (T, rows, heads * G * lanes), R (heads, lanes, K * lanes), leaves of the state (rows, heads * lanes)."""
+    ys, last, _ = _forward(spec, plan, x, R, state, params, flags, scale, keep=False)
+    return ys, last
+
+
+def _recurrence_forward(spec, plan, x, R, state, params, flags, scale):
+    ys, last, kept = _forward(spec, plan, x, R, state, params, flags, scale, keep=True)
+    return (ys, last), (x, R, params, flags, scale, kept)
+
+
+class Specs:
+    """Blocks of the arrays for one kernel's tiles; time runs backwards through the blocks if `backwards`."""
+
+    def __init__(self, plan: Plan, tiles: Tiles, backwards: bool):
+        s = plan.sizes
+        blocks = plan.grid(tiles)[2]
+
+        def at(t):
+            return blocks - 1 - t if backwards else t
+
+        def per_step(gates, lanes=s.lanes):
+            return pl.BlockSpec((tiles.steps, tiles.rows, tiles.heads * gates * lanes), lambda b, n, t: (at(t), b, n))
+
+        self.x, self.r, self.feature = per_step(s.G), per_step(s.K), per_step(1)
+        self.flags = pl.BlockSpec((tiles.steps, tiles.rows, 1), lambda b, n, t: (at(t), b, 0))
+        self.row = pl.BlockSpec((tiles.rows, tiles.heads * s.lanes), lambda b, n, t: (b, n))
+        self.param = pl.BlockSpec((1, tiles.heads * s.lanes), lambda b, n, t: (0, n))
+        once = pl.Buffered(1)
+        self.R = lambda *shape: pl.BlockSpec((tiles.heads, *shape), lambda b, n, t: (n, 0, 0), pipeline_mode=once)
+
+
+def _call(kernel, plan, tiles, in_specs, out_specs, out_shape, scratch=()):
+    return pl.pallas_call(
+        kernel,
+        grid=plan.grid(tiles),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=scratch,
+        interpret=plan.interpret,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.budget
+        ),
+    )
+
+
+def _steps(sizes, tiles, backwards, step):
+    """Runs step(t) over the steps of this block of time that exist, first to last or the other way round."""
+    blocks = -(-sizes.T // tiles.steps)
+    block = blocks - 1 - pl.program_id(2) if backwards else pl.program_id(2)
+    count = tiles.steps if sizes.T % tiles.steps == 0 else jnp.minimum(tiles.steps, sizes.T - block * tiles.steps)
+
+    def body(n, _):
+        step(count - 1 - n if backwards else n)
+
+    jax.lax.fori_loop(0, count, body, None)
+
+
+def _lanes(sizes, head, gates=1, gate=0):
+    """Where a gate of a head stands among all gates of a tile's heads."""
+    return pl.ds((head * gates + gate) * sizes.lanes, sizes.lanes)
+
+
+def _gates(sizes, ref, t, head, gates):
+    """A step's gates of one head."""
+    return tuple(ref[t, :, _lanes(sizes, head, gates, gate)] for gate in range(gates))
+
+
+def _flags_at(flags, t, like):
+    """Mask and reset of a step, one flag a feature."""
+    if flags is None:
+        return Given(None, None, ())
+    value = jnp.broadcast_to(flags[t], like.shape)
+    return Given(value % 2 == 0, value >= 2, ())
+
+
+def _load(refs, *place):
+    """Reads each leaf."""
+    return jax.tree.map(lambda ref: ref[place], refs)
+
+
+def _like(tree, value):
+    """The same value for each leaf."""
+    return jax.tree.map(lambda _: value, tree)
+
+
+def _store(refs, values, *place):
+    """Writes each leaf."""
+    for ref, value in zip(jax.tree.leaves(refs), jax.tree.leaves(values)):
+        ref[place] = value
+
+
+def _forward(spec, plan, x, R, state, params, flags, scale, keep):
+    """Outputs, the last state and, if asked for, the state before each step."""
+    s, tiles, everything = plan.sizes, plan.forward, slice(None)
+    specs = Specs(plan, tiles, spec.reverse)
+
+    def kernel(x, R, start, params, flags, scale, ys, state, kept):
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            _store(state, _load(start, ...), ...)
+
+        def step(t):
+            for head in range(tiles.heads):
+                lanes = _lanes(s, head)
+                before, own = _load((state, params), everything, lanes)
+                given = _flags_at(flags, t, before.h)
+                before = emptied(given.reset, before)
+                h = scaled(before.h, None if scale is None else scale[:, lanes])
+                r = jnp.dot(h.astype(R.dtype), R[head], preferred_element_type=h.dtype)
+                r = tuple(jnp.split(r, s.K, axis=1))
+                after, y = masked_rule(spec, _gates(s, x, t, head, s.G), r, before, own, given)
+                ys[t, :, lanes] = y
+                _store(state, after, everything, lanes)
+                _store(kept, before, t, everything, lanes)
+
+        _steps(s, tiles, spec.reverse, step)
+
+    row, feature = _like(state, specs.row), _like(state, specs.feature)
+    steps = jax.ShapeDtypeStruct((s.T, *state.h.shape), state.h.dtype)
+    return _call(
+        *(kernel, plan, tiles),
+        (
+            *(specs.x, specs.R(s.lanes, s.K * s.lanes), row, _like(params, specs.param)),
+            *(None if flags is None else specs.flags, None if scale is None else specs.row),
+        ),
+        (specs.feature, row, feature if keep else None),
+        (steps, state, _like(state, steps) if keep else None),
+    )(x, R.astype(spec.dtype), state, params, flags, scale)
+
+
+def _recurrence_backward(spec, plan, residuals, cotangents):
+    x, R, params, flags, scale, kept = residuals
+    d_ys, d_last = cotangents
+    s, tiles, everything = plan.sizes, plan.backward, slice(None)
+    specs = Specs(plan, tiles, not spec.reverse)
+
+    def kernel(x, R, kept, params, flags, scale, d_ys, d_last, dx, dr, d_state, d_params, r):
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            _store(d_state, _load(d_last, ...), ...)
+            _store(d_params, jax.tree.map(jnp.zeros_like, _load(d_params, ...)), ...)
+
+        def own_scale(lanes):
+            return None if scale is None else scale[:, lanes]
+
+        def recompute(n, _):
+            steps = pl.ds(n * tiles.steps_at_once, tiles.steps_at_once)
+            for head in range(tiles.heads):
+                h = scaled(kept.h[steps, :, _lanes(s, head)], own_scale(_lanes(s, head)))
+                shares = jax.lax.dot_general(
+                    *(h.reshape(-1, s.lanes).astype(R.dtype), R[head], (((1,), (1,)), ((), ()))),
+                    preferred_element_type=h.dtype,
+                )
+                gates = pl.ds(head * s.K * s.lanes, s.K * s.lanes)
+                r[steps, :, gates] = shares.reshape(*h.shape[:2], -1)
+
+        jax.lax.fori_loop(0, tiles.steps // tiles.steps_at_once, recompute, None)
+
+        def step(t):
+            for head in range(tiles.heads):
+                lanes = _lanes(s, head)
+                before = _load(kept, t, everything, lanes)
+                d_after, own, sums = _load((d_state, params, d_params), everything, lanes)
+                own = jax.tree.map(partial(jnp.broadcast_to, shape=before.h.shape), own)
+                given = _flags_at(flags, t, before.h)
+                shares = _gates(s, x, t, head, s.G), _gates(s, r, t, head, s.K)
+                pull = jax.vjp(partial(masked_rule, spec, given=given), *shares, before, own)[1]
+                d_x, d_r, d_before, d_own = pull((d_after, d_ys[t, :, lanes]))
+                for gate in range(s.G):
+                    dx[t, :, _lanes(s, head, s.G, gate)] = d_x[gate]
+                for gate in range(0 if s.same else s.K):
+                    dr[t, :, _lanes(s, head, s.K, gate)] = d_r[gate]
+                d_r = jnp.concatenate(d_r, axis=1).astype(R.dtype)
+                d_h = scaled(jnp.dot(d_r, R[head], preferred_element_type=before.h.dtype), own_scale(lanes))
+                d_before = emptied(given.reset, d_before._replace(h=d_before.h + d_h))
+                _store(d_state, d_before, everything, lanes)
+                _store(d_params, jax.tree.map(jnp.add, sums, d_own), everything, lanes)
+
+        _steps(s, tiles, not spec.reverse, step)
+
+    row, feature = _like(kept, specs.row), _like(kept, specs.feature)
+    shape = partial(jax.ShapeDtypeStruct, dtype=x.dtype)
+    sums = _like(params, shape(d_last.h.shape))
+    dx, dr, d_state, d_params = _call(
+        *(kernel, plan, tiles),
+        (
+            *(specs.x, specs.R(s.K * s.lanes, s.lanes), feature, _like(params, specs.param)),
+            *(None if flags is None else specs.flags, None if scale is None else specs.row),
+            *(specs.feature, row),
+        ),
+        (specs.x, None if s.same else specs.r, row, _like(params, specs.row)),
+        (shape(x.shape), None if s.same else shape((*x.shape[:2], s.heads * s.K * s.lanes)), d_last, sums),
+        scratch=[pltpu.VMEM((tiles.steps, tiles.rows, tiles.heads * s.K * s.lanes), x.dtype)],
+    )(x, jnp.swapaxes(R.astype(spec.dtype), 1, 2), kept, params, flags, scale, d_ys, d_last)
+    h, dr = scaled(kept.h, scale), dx if dr is None else dr
+    h, dr = (a.astype(spec.dtype).reshape(s.T, s.rows, s.heads, -1) for a in (h, dr))
+    d_R = jnp.einsum("tbhe,tbhf->hef", h, dr, preferred_element_type=jnp.promote_types(R.dtype, jnp.float32))
+    d_params = jax.tree.map(lambda d: jnp.sum(d, axis=0, keepdims=True), d_params)
+    return dx, d_R.astype(R.dtype), d_state, d_params, None, None
+
+
+_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
