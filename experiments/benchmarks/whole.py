@@ -56,7 +56,7 @@ def model(case: Case, seed: Any = 0, param_dtype=jnp.float32) -> nnx.Module:
 
     def block():  # that of the 7B model: queries of half the width, SwiGLU of 8/3 of it
         mixer = cells.MLSTM(D, D, num_heads=HEADS, qk_features=D // 2, **shared)
-        ffn = GatedFeedForward(D, round_up(8 / 3 * D), activation=jax.nn.silu, num_blocks=layers, **shared)
+        ffn = GatedFeedForward(D, round_up(8 / 3 * D), activation="swish", num_blocks=layers, **shared)
         return Block(mixer, norm=norm(), ffn=ffn, ffn_norm=norm())
 
     lm.backbone = cells.Stack([block() for _ in range(layers)], pattern=("block",) * layers)
