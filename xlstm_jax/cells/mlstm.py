@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from ..initializers import Initializer, initializer
 from ..kernels import mlstm as kernel
+from ..kernels.choice import CHOSEN_FORMS
 from ..kernels.mlstm import MLSTMState
 from ..names import unknown
 from .base import Cell, check_inputs, check_width, compute_dtype, linear
@@ -42,8 +43,8 @@ class MLSTM(Cell):
         rngs: nnx.Rngs,
     ):
         qk_features = qk_features or features
-        if form not in self.forms:
-            raise ValueError(unknown("form of MLSTM", form, self.forms))
+        if form not in self.forms + CHOSEN_FORMS:
+            raise ValueError(unknown("form of MLSTM", form, self.forms + CHOSEN_FORMS))
         check_width("in_features", in_features)
         check_width("features", features)
         if num_heads < 1 or features % num_heads or qk_features % num_heads:
