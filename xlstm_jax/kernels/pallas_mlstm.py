@@ -15,17 +15,18 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from .mlstm import Inputs, MLSTMState, denominator
-from .pallas_recurrent import LANES, SUBLANES, vmem_budget
+from .pallas_recurrent import LANES, SUBLANES, matrix_product, vmem_budget
 
 
 class Plan(NamedTuple):
-    """Steps of a chunk L, whether there are resets, the definition's options, and the VMEM that may be used."""
+    """Steps of a chunk L, whether there are resets, the definition's options; VMEM needed and that may be used."""
 
     L: int
     reset: bool
     stabilise: bool
     normalize: bool
     eps: float
+    vmem: int
     budget: int
     interpret: bool
 
@@ -53,7 +54,7 @@ def plan_for(
             f"chunks of {L} steps with {K} x {V} numbers a head need {needed} bytes of VMEM; {budget} may be used"
             + (" (a smaller chunk_size needs less)" if L > LANES else "")
         )
-    return Plan(L, inputs.reset is not None, **options, budget=budget, interpret=interpret)
+    return Plan(L, inputs.reset is not None, **options, vmem=needed, budget=budget, interpret=interpret)
 
 
 def run(plan: Plan, inputs: Inputs, state: MLSTMState) -> tuple[Float[Array, "B H T V"], MLSTMState]:
@@ -83,6 +84,7 @@ def chunk(plan: Plan, state: MLSTMState, q: Array, k: Array, v: Array, log_i: Ar
     """One chunk of one head, as `mlstm._chunk`, in matrices alone: q, k (L, K), v (L, V), gates (1, L), m (1, 1)."""
     C, n, m = state
     q, k, v = (a.astype(m.dtype) for a in (q, k, v))
+    product = partial(matrix_product, dtype=m.dtype)
     t, j = (jax.lax.broadcasted_iota(jnp.int32, (plan.L, plan.L), axis) for axis in (0, 1))
 
     def column(row):
@@ -113,11 +115,6 @@ def chunk(plan: Plan, state: MLSTMState, q: Array, k: Array, v: Array, log_i: Ar
     if plan.normalize:
         n = old * n + jnp.sum(written, axis=0, keepdims=True)
     return MLSTMState(C, n, m), h
-
-
-def product(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    """The matrix product along one axis of each."""
-    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=a.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from .recurrent import Dense, Given, Spec, Weights, emptied, masked_rule, project, scaled
@@ -76,6 +77,11 @@ class Plan(NamedTuple):
     backward: Tiles
     budget: int
     interpret: bool
+
+    @property
+    def vmem(self) -> int:
+        """Bytes that the larger kernel needs."""
+        return max(vmem_bytes(self.sizes, self.forward, False), vmem_bytes(self.sizes, self.backward, True))
 
     def grid(self, tiles: Tiles) -> tuple[int, int, int]:
         """Batch tiles, groups of heads, blocks of time."""
@@ -330,6 +336,17 @@ def _call(kernel, plan, tiles, in_specs, out_specs, out_shape, scratch=()):
     )
 
 
+def matrix_product(a: Array, b: Array, axes: tuple[int, int], dtype: DTypeLike) -> Array:
+    """The product along an axis of each, summed in `dtype`, in the precision that JAX's default asks for.
+
+    Mosaic has two: its own default, and "highest", which bfloat16 operands must not ask for.
+    """
+    own = a.dtype == jnp.bfloat16 or jax.config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16")
+    precision = jax.lax.Precision.DEFAULT if own else jax.lax.Precision.HIGHEST
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
+
+
 def _steps(sizes, tiles, backwards, step):
     """Runs step(t) over the steps of this block of time that exist, first to last or the other way round."""
     blocks = -(-sizes.T // tiles.steps)
@@ -393,7 +410,7 @@ def _forward(spec, plan, x, R, state, params, flags, scale, keep):
                 given = _flags_at(flags, t, before.h)
                 before = emptied(given.reset, before)
                 h = scaled(before.h, None if scale is None else scale[:, lanes])
-                r = jnp.dot(h.astype(R.dtype), R[head], preferred_element_type=h.dtype)
+                r = matrix_product(h.astype(R.dtype), R[head], (1, 0), h.dtype)
                 r = tuple(jnp.split(r, s.K, axis=1))
                 after, y = masked_rule(spec, _gates(s, x, t, head, s.G), r, before, own, given)
                 ys[t, :, lanes] = y
@@ -434,10 +451,7 @@ def _recurrence_backward(spec, plan, residuals, cotangents):
             steps = pl.ds(n * tiles.steps_at_once, tiles.steps_at_once)
             for head in range(tiles.heads):
                 h = scaled(kept.h[steps, :, _lanes(s, head)], own_scale(_lanes(s, head)))
-                shares = jax.lax.dot_general(
-                    *(h.reshape(-1, s.lanes).astype(R.dtype), R[head], (((1,), (1,)), ((), ()))),
-                    preferred_element_type=h.dtype,
-                )
+                shares = matrix_product(h.reshape(-1, s.lanes).astype(R.dtype), R[head], (1, 1), h.dtype)
                 gates = pl.ds(head * s.K * s.lanes, s.K * s.lanes)
                 r[steps, :, gates] = shares.reshape(*h.shape[:2], -1)
 
@@ -458,7 +472,7 @@ def _recurrence_backward(spec, plan, residuals, cotangents):
                 for gate in range(0 if s.same else s.K):
                     dr[t, :, _lanes(s, head, s.K, gate)] = d_r[gate]
                 d_r = jnp.concatenate(d_r, axis=1).astype(R.dtype)
-                d_h = scaled(jnp.dot(d_r, R[head], preferred_element_type=before.h.dtype), own_scale(lanes))
+                d_h = scaled(matrix_product(d_r, R[head], (1, 0), before.h.dtype), own_scale(lanes))
                 d_before = emptied(given.reset, d_before._replace(h=d_before.h + d_h))
                 _store(d_state, d_before, everything, lanes)
                 _store(d_params, jax.tree.map(jnp.add, sums, d_own), everything, lanes)
