@@ -20,7 +20,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from xlstm_jax import cells  # noqa: E402
-from xlstm_jax.kernels import pallas_mlstm, pallas_recurrent  # noqa: E402
+from xlstm_jax.kernels import pallas_mlstm, pallas_plan  # noqa: E402
 from xlstm_jax.kernels.choice import chosen_forms  # noqa: E402
 
 BFLOAT16 = {"dtype": jnp.bfloat16}
@@ -73,7 +73,7 @@ def compile_case(topology: str, name: str) -> dict:
     return row | dict(kernels=program.count('"tpu_custom_call"'), seconds=round(time.time() - start, 1))
 
 
-for module in (pallas_recurrent, pallas_mlstm):
+for module in (pallas_plan, pallas_mlstm):
     module.plan_for = held(module.plan_for)
 for topology in sys.argv[1:]:
     for name in CASES:

@@ -16,10 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from xlstm_jax import cells, models
 from xlstm_jax.cells.gru import gru_rule
-from xlstm_jax.kernels import pallas_recurrent
+from xlstm_jax.kernels import pallas_plan
 from xlstm_jax.kernels.choice import Target, choose, chosen_forms
 from xlstm_jax.kernels.mlstm import initial_state, mlstm
-from xlstm_jax.kernels.pallas_recurrent import Sizes, Tiles, plan, vmem_bytes
+from xlstm_jax.kernels.pallas_plan import Sizes, Tiles, plan, vmem_bytes
 from xlstm_jax.kernels.recurrent import recurrent
 
 B, T = 10, 11
@@ -52,7 +52,7 @@ def test_the_kernel_equals_the_scan(x64, name, monkeypatch):
     """Outputs, last state and all gradients, with tiles smaller than the sizes: 11 steps in blocks of 8 and 4."""
     rule, arrays, options, weights = case(name)
     both = Tiles(8, 1, 8), Tiles(8, 1, 4)
-    monkeypatch.setattr(pallas_recurrent, "tiles_within", lambda sizes, budget, backward, cores: both[backward])
+    monkeypatch.setattr(pallas_plan, "tiles_within", lambda sizes, budget, backward, cores: both[backward])
 
     def loss(xs, R, state, b, params, form, remat):
         ys, last = recurrent(rule, xs, R, state, b=b, params=params, form=form, remat=remat, **options)

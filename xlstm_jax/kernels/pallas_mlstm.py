@@ -15,7 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from .mlstm import Inputs, MLSTMState, denominator
-from .pallas_recurrent import LANES, SUBLANES, matrix_product, vmem_budget
+from .pallas_plan import LANES, SUBLANES, vmem_budget
+from .pallas_recurrent import matrix_product
 
 
 class Plan(NamedTuple):
