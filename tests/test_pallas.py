@@ -16,9 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from xlstm_jax import cells, models
 from xlstm_jax.cells.gru import gru_rule
-from xlstm_jax.kernels import pallas_recurrent
+from xlstm_jax.kernels import pallas_plan
 from xlstm_jax.kernels.choice import Target, choose, chosen_forms
-from xlstm_jax.kernels.pallas_recurrent import Sizes, Tiles, plan, vmem_bytes
+from xlstm_jax.kernels.mlstm import initial_state, mlstm
+from xlstm_jax.kernels.pallas_plan import Sizes, Tiles, plan, vmem_bytes
 from xlstm_jax.kernels.recurrent import recurrent
 
 B, T = 10, 11
@@ -51,7 +52,7 @@ def test_the_kernel_equals_the_scan(x64, name, monkeypatch):
     """Outputs, last state and all gradients, with tiles smaller than the sizes: 11 steps in blocks of 8 and 4."""
     rule, arrays, options, weights = case(name)
     both = Tiles(8, 1, 8), Tiles(8, 1, 4)
-    monkeypatch.setattr(pallas_recurrent, "tiles_within", lambda sizes, budget, backward, cores: both[backward])
+    monkeypatch.setattr(pallas_plan, "tiles_within", lambda sizes, budget, backward, cores: both[backward])
 
     def loss(xs, R, state, b, params, form, remat):
         ys, last = recurrent(rule, xs, R, state, b=b, params=params, form=form, remat=remat, **options)
@@ -93,6 +94,37 @@ def test_bfloat16_and_runs_side_by_side():
     assert float(jnp.max(jnp.abs(ys.astype(jnp.float32) - want))) < 0.03
 
 
+def run_mlstm(form, dtype=jnp.float32, **options):
+    """Outputs, last state and all gradients of 11 steps in chunks of 4, with any mask, resets and a state."""
+    keys = iter(jax.random.split(jax.random.key(0), 16))
+
+    def draw(*shape):
+        return jax.random.normal(next(keys), shape, dtype)
+
+    state = initial_state(2, 2, 5, 3, dtype)
+    state = jax.tree.map(lambda leaf: leaf + draw(*leaf.shape), state)
+    arrays = (draw(2, T, 2, 5), draw(2, T, 2, 5), draw(2, T, 2, 3), 3 * draw(2, T, 2), 3 * draw(2, T, 2), state)
+    weights, mask, reset = draw(2, T, 2, 3), draw(2, T) < 1, draw(2, T) > 1
+
+    def loss(*arrays):
+        h, last = mlstm(*arrays, form=form, chunk_size=4, mask=mask, reset=reset, **options)
+        return jnp.sum(h * weights) + sum(jnp.sum(jnp.sin(leaf)) for leaf in last), (h, last)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=range(6), has_aux=True))(*arrays)
+
+
+@pytest.mark.parametrize("options", [{}, {"input_gate": "sigmoid", "normalize": False}], ids=["exp", "sigmoid"])
+def test_the_mlstm_kernel_equals_the_chunkwise_form(x64, options):
+    got, want = (run_mlstm(form, jnp.float64, **options) for form in ("pallas_interpret", "chunkwise"))
+    close(got, want, 1e-10)
+
+
+def test_the_mlstm_on_a_simulated_tpu():
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+        got = run_mlstm("pallas_interpret")
+    close(got, run_mlstm("chunkwise"), 1e-4)
+
+
 XS = jnp.ones((2, 5, 3))
 REFUSED = {
     "inner": (lambda form: cells.GRU(3, 4, reset_after=False, form=form, rngs=nnx.Rngs(0)), "ResetBeforeRule has a se"),
@@ -128,9 +160,20 @@ def test_a_rule_that_mixes_features_is_refused():
         recurrent(rule, jnp.ones((2, 5, 1, 4)), jnp.ones((1, 4, 1, 4)), state, form="pallas_interpret")
 
 
-def test_a_tpu_is_needed():
-    with pytest.raises(ValueError, match="form='pallas' needs a TPU, and this program is for a cpu; form='fused' runs"):
-        cells.LSTM(3, 4, form="pallas", rngs=nnx.Rngs(0))(XS)
+@pytest.mark.parametrize("cell, runs", [(cells.LSTM, "fused"), (cells.MLSTM, "chunkwise")])
+def test_a_tpu_is_needed(cell, runs):
+    with pytest.raises(ValueError, match=f"form='pallas' needs a TPU, and this program is for a cpu; form='{runs}' ru"):
+        cell(3, 4, form="pallas", rngs=nnx.Rngs(0))(XS)
+
+
+def test_a_chunk_that_does_not_fit():
+    q = jax.ShapeDtypeStruct((1, 2048, 1, 64), jnp.float32)
+    gate = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
+    message = (
+        r"chunks of 2048 steps with 64 x 64 numbers a head need \d+ bytes of VMEM; 14680064 may be used \(a smaller"
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda *args: mlstm(*args, form="pallas_interpret", chunk_size=2048), q, q, q, gate, gate)
 
 
 def test_auto_names_its_reason():

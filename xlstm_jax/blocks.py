@@ -87,7 +87,7 @@ class MLSTMLayer(Cell):
     `conv_width=0` leaves the convolution out: c = SiLU(a).
     """
 
-    forms = MLSTM.forms
+    forms, chosen_forms = MLSTM.forms, MLSTM.chosen_forms
 
     def __init__(
         self,

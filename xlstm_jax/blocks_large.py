@@ -22,7 +22,7 @@ class MLSTMLargeLayer(Cell):
     y = out(sigmoid(o~) norm(mlstm(q, k, v, i~, f~))),   the norm a layer norm of each head
     """
 
-    forms = MLSTM.forms
+    forms, chosen_forms = MLSTM.forms, MLSTM.chosen_forms
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from ..initializers import Initializer, initializer
 from ..kernels import mlstm as kernel
+from ..kernels.choice import CHOSEN_FORMS
 from ..kernels.mlstm import MLSTMState
 from .arguments import check_inputs
 from .base import Cell, compute_dtype, linear
@@ -22,6 +23,7 @@ class MLSTM(Cell):
     """mLSTM with output gate; q and k of width `qk_features`, v of width `features`, all split over `num_heads`."""
 
     forms = ("recurrent", "parallel", "chunkwise")
+    chosen_forms = CHOSEN_FORMS
 
     def __init__(
         self,

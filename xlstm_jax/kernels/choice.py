@@ -47,8 +47,8 @@ def target() -> Target:
     return Target(platform, devices, info.vmem_capacity_bytes, info.num_cores)
 
 
-def choose(form: str, target: Target, plan: Callable[[Target], Any]) -> Choice:
-    """The form itself, or for "auto" the kernel where it can run and else "fused".
+def choose(form: str, target: Target, plan: Callable[[Target], Any], otherwise: str = "fused") -> Choice:
+    """The form itself, or for "auto" the kernel where it can run and else `otherwise`.
 
     plan(target): the kernel's plan, or a line that says why there is none; it is not asked where there is no TPU.
     """
@@ -56,18 +56,21 @@ def choose(form: str, target: Target, plan: Callable[[Target], Any]) -> Choice:
         return Choice(form, "as asked")
     if form == "pallas" and target.platform != "tpu":
         raise ValueError(
-            f"form='pallas' needs a TPU, and this program is for a {target.platform}; form='fused' runs on any device"
+            f"form='pallas' needs a TPU, and this program is for a {target.platform}; "
+            f"form={otherwise!r} runs on any device"
         )
     if form == "auto" and target.platform != "tpu":
-        return Choice("fused", f"the kernel is for TPUs, and this program is for a {target.platform}")
+        return Choice(otherwise, f"the kernel is for TPUs, and this program is for a {target.platform}")
     if form == "auto" and target.devices > 1:
-        return Choice("fused", f"the kernel is for one device and the program for {target.devices}, with no shard_map")
+        return Choice(
+            otherwise, f"the kernel is for one device and the program for {target.devices}, with no shard_map"
+        )
     planned = plan(target)
     if not isinstance(planned, str):
         return Choice("pallas", "the kernel serves this rule and these sizes", planned)
     if form == "auto":
-        return Choice("fused", planned)
-    raise ValueError(f"form={form!r}: {planned}; form='fused' would serve it")
+        return Choice(otherwise, planned)
+    raise ValueError(f"form={form!r}: {planned}; form={otherwise!r} would serve it")
 
 
 _chosen: ContextVar[list[Choice] | None] = ContextVar("chosen", default=None)

@@ -10,6 +10,9 @@ with log f = log sigmoid(f~) and log i = i~ (`input_gate="exp"`), or log i = log
     "recurrent"  one step after another, linear in T
     "parallel"   all pairs of steps at once, quadratic in T
     "chunkwise"  parallel inside chunks of `chunk_size` steps, recurrent between them; gradients recompute a chunk
+    "pallas"     the same as one TPU kernel forward and one backward (`pallas_mlstm.py`); "pallas_interpret": the same
+                 kernel interpreted, on any device, for tests
+    "auto"       "pallas" where the program is for one TPU and the kernel serves it, else "chunkwise" (`choice.py`)
 
 Gradients are exact, through the normaliser, the floor exp(-m) and the carried state.
 """
@@ -23,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..names import unknown
+from .choice import CHOSEN_FORMS, choose, record, target
 from .recurrent import select
 
 
@@ -71,8 +75,8 @@ def mlstm(
     `normalize=False` (sigmoid gate only) returns C^T q as it is and leaves n alone. A step with mask False copies
     the state through and outputs zeros; one with reset True starts from the empty memory, exactly.
     """
-    if form not in FORMS:
-        raise ValueError(unknown("form of mlstm", form, FORMS))
+    if form not in FORMS and form not in CHOSEN_FORMS:
+        raise ValueError(unknown("form of mlstm", form, (*FORMS, *CHOSEN_FORMS)))
     check_gate(input_gate, normalize)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
@@ -88,7 +92,13 @@ def mlstm(
     inputs = Inputs(*(jnp.moveaxis(a, 1, 2) for a in (q * K**-0.5, k, v, log_i, log_f)), reset)
     options = dict(stabilise=input_gate == "exp", normalize=normalize, eps=eps)
     state = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, dtype)), state)
-    h, state = FORMS[form](inputs, state, chunk_size, options)
+    choice = record(choose(form, target(), partial(_plan, form, inputs, state, chunk_size, options), "chunkwise"))
+    if choice.form == "pallas":
+        from .pallas_mlstm import run
+
+        h, state = run(choice.plan, inputs, state)
+    else:
+        h, state = FORMS[choice.form](inputs, state, chunk_size, options)
     state = jax.tree.map(lambda a, old: a.astype(old.dtype), state, kept)
     h = jnp.moveaxis(h, 1, 2).astype(v.dtype)
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
@@ -102,12 +112,22 @@ def check_gate(input_gate: str, normalize: bool) -> None:
         raise ValueError("normalize=False needs input_gate='sigmoid': an exponential gate has to be normalised")
 
 
+def _plan(form, inputs, state, chunk_size, options, target):
+    """The kernel's plan for the target; imported here because Pallas is slow to load, and needed on a TPU only."""
+    from .pallas_mlstm import plan_for
+
+    return plan_for(inputs, state, chunk_size, options, vmem=target.vmem, interpret=form == "pallas_interpret")
+
+
 def _normalised(num: Array, den: Array, m: Array, normalize: bool, eps: float) -> Array:
-    """num / (max(|den|, exp(-m)) + eps); the floor's exponent is kept inside the dtype's range."""
-    if not normalize:
-        return num
+    """num / (max(|den|, exp(-m)) + eps), or num."""
+    return num / denominator(den, m, eps)[..., None] if normalize else num
+
+
+def denominator(den: Array, m: Array, eps: float) -> Array:
+    """max(|den|, exp(-m)) + eps; the floor's exponent is kept inside the dtype's range."""
     largest = 0.9 * math.log(jnp.finfo(m.dtype).max)
-    return num / (jnp.maximum(jnp.abs(den), jnp.exp(jnp.minimum(-m, largest))) + eps)[..., None]
+    return jnp.maximum(jnp.abs(den), jnp.exp(jnp.minimum(-m, largest))) + eps
 
 
 def _step(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):

@@ -9,202 +9,17 @@ noise, and finite on zeros, for features are padded to whole lanes (a head of 12
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from .recurrent import Dense, Given, Spec, Weights, emptied, masked_rule, project, scaled
-
-LANES, SUBLANES = 128, 8
-LONGEST_BLOCK, SHORTEST_BLOCK, LARGEST_TILE = 32, 8, 256  # steps, steps, rows
-
-
-class Sizes(NamedTuple):
-    """What the kernels are made for; `heads` blocks in R of `width` each, several narrow heads being one block.
-
-    G, K: gates of the input and of R; fields, params: arrays in the state and of the rule; flags, scale: whether there
-    are masks or resets, and a state_scale; same: whether the gradients of both shares of the gates are equal.
-    """
-
-    B: int
-    T: int
-    heads: int
-    width: int
-    G: int
-    K: int
-    fields: int
-    params: int
-    flags: bool
-    scale: bool
-    same: bool
-    product_bytes: int
-    state_bytes: int
-
-    @property
-    def rows(self) -> int:
-        """B in whole sublanes."""
-        return -(-self.B // SUBLANES) * SUBLANES
-
-    @property
-    def lanes(self) -> int:
-        """A head's width in whole lanes."""
-        return -(-self.width // LANES) * LANES
-
-
-class Tiles(NamedTuple):
-    """Rows, heads and steps that a cell of the grid works on."""
-
-    rows: int
-    heads: int
-    steps: int
-
-    @property
-    def steps_at_once(self) -> int:
-        """Of the product that computes recurrent shares again: some 256 rows, for its code is unrolled."""
-        return min(self.steps, 1 << (max(1, 256 // self.rows).bit_length() - 1))
-
-
-class Plan(NamedTuple):
-    """Both kernels' tiles, and the VMEM that they may use."""
-
-    sizes: Sizes
-    forward: Tiles
-    backward: Tiles
-    budget: int
-    interpret: bool
-
-    def grid(self, tiles: Tiles) -> tuple[int, int, int]:
-        """Batch tiles, groups of heads, blocks of time."""
-        return self.sizes.rows // tiles.rows, self.sizes.heads // tiles.heads, -(-self.sizes.T // tiles.steps)
-
-
-def vmem_bytes(sizes: Sizes, tiles: Tiles, backward: bool) -> int:
-    """VMEM of one kernel: R once, everything else twice because the next block is fetched while one is worked on."""
-    s, lane = sizes, tiles.heads * sizes.lanes
-    block = tiles.steps * tiles.rows * lane * s.state_bytes  # a feature of each step
-    row = tiles.rows * lane * s.state_bytes
-    R = tiles.heads * s.lanes * s.K * s.lanes * s.product_bytes
-    flags = tiles.steps * tiles.rows * LANES * 4 * s.flags
-    given = (2 * s.fields + s.scale) * row + s.params * SUBLANES * lane * s.state_bytes + flags
-    if not backward:
-        step = s.K + s.G + 2 * s.fields  # values of one step
-        return R + 2 * (given + (s.G + 1 + s.fields) * block) + step * row
-    recomputed = s.K * block + (s.K + 1) * tiles.steps_at_once * row  # the shares; one product with its operand
-    streamed = (2 * s.G + 1 + s.fields + (0 if s.same else s.K)) * block
-    return R + 2 * (given + streamed + s.params * row) + recomputed + 2 * (s.K + s.G + 2 * s.fields) * row
-
-
-def tiles_within(sizes: Sizes, budget: int, backward: bool, cores: int = 1) -> Tiles | None:
-    """The largest tiles whose kernel fits: all heads and rows at once if they do, in long blocks of time.
-
-    cores: TensorCores that share the grid; where the sizes allow it each gets its part of the rows or heads.
-    """
-    heads = [n for n in range(sizes.heads, 0, -1) if sizes.heads % n == 0]
-    rows = [n for n in range(min(sizes.rows, LARGEST_TILE), 0, -SUBLANES) if sizes.rows % n == 0 and n % SUBLANES == 0]
-    longest = min(LONGEST_BLOCK, 1 << (sizes.T - 1).bit_length())
-    steps = [longest >> n for n in range(longest.bit_length()) if longest >> n >= min(SHORTEST_BLOCK, longest)]
-    fitting = [
-        tiles
-        for tiles in (Tiles(r, n, t) for n in heads for r in rows for t in steps)
-        if vmem_bytes(sizes, tiles, backward) <= budget
-    ]
-    shared = [t for t in fitting if (sizes.rows // t.rows) * (sizes.heads // t.heads) % cores == 0]
-    return (shared or fitting or [None])[0]
-
-
-def plan(sizes: Sizes, budget: int, cores: int = 1, interpret: bool = False) -> Plan | str:
-    """Tiles for both kernels, or why there are none."""
-    tiles = [tiles_within(sizes, budget, backward, cores) for backward in (False, True)]
-    if None not in tiles:
-        return Plan(sizes, *tiles, budget, interpret)
-    least = Tiles(SUBLANES, 1, min(SHORTEST_BLOCK, 1 << (sizes.T - 1).bit_length()))
-    needed = max(vmem_bytes(sizes, least, backward) for backward in (False, True))
-    return (
-        f"{sizes.K} recurrent gates of {sizes.heads} heads of {sizes.width} features need {needed} bytes of VMEM at "
-        f"least; {budget} may be used"
-    )
-
-
-def vmem_budget(capacity: int) -> int:
-    """What the kernels may use of a core's VMEM; the rest is the compiler's."""
-    return capacity - capacity // 8
-
-
-def merged_heads(N: int, width: int) -> int:
-    """How many narrow heads are one dense block: as many as fit into a block of 128 lanes."""
-    return max(n for n in range(1, N + 1) if N % n == 0 and (n == 1 or n * width <= LANES))
-
-
-def plan_for(
-    spec: Spec,
-    xs: Array,
-    weights: Weights,
-    state: Any,
-    given: Given,
-    scale: Array | None,
-    *,
-    vmem: int,
-    cores: int = 1,
-    interpret: bool = False,
-) -> Plan | str:
-    """The kernels' plan, from shapes alone, or why these arguments have none."""
-    name = getattr(spec.rule, "__name__", type(spec.rule).__name__)
-    if not isinstance(spec.maps, Dense):
-        return f"the linear maps of {name} are {type(spec.maps).__name__}, and the kernel has Dense ones only"
-    if weights.S is not None:
-        return f"{name} has a second product in a step (`inner`), and the kernel has one"
-    if not interpret and (state.h.dtype != jnp.float32 or spec.dtype not in (jnp.float32, jnp.bfloat16)):
-        return f"the kernel is for float32 and bfloat16 products and a float32 state, not {spec.dtype}, {state.h.dtype}"
-    if given.noise:
-        return f"{name} draws noise at each step, which the kernel does not read"
-    N, E, K, F = weights.R.shape
-    leaves, params = jax.tree.leaves(state), jax.tree.leaves(weights.params)
-    if E != F or any(a.shape[1:] != (N * F,) for a in leaves) or any(a.shape != (1, N * F) for a in params):
-        return f"{name} has a state or parameters that are not one number a feature"
-    G = xs.shape[2] if weights.W is None else weights.W.shape[1]
-    same = equal_gradients(spec, G, K, state, weights.params)
-    if same is None:
-        return f"{name} is not elementwise in the features"
-    merged = merged_heads(N, F)
-    sizes = Sizes(
-        *(*xs.shape[:2], N // merged, merged * F, G, K, len(leaves), len(params)),
-        *(given.mask is not None or given.reset is not None, scale is not None, same),
-        *(spec.dtype.itemsize, state.h.dtype.itemsize),
-    )
-    return plan(sizes, vmem_budget(vmem), cores, interpret)
-
-
-def equal_gradients(spec: Spec, G: int, K: int, state: Any, params: Any) -> bool | None:
-    """Whether a rule only adds both shares of its gates, read off its gradient's trace; None if it mixes features."""
-    gate = jax.ShapeDtypeStruct((5, 7), state.h.dtype)
-    state, params = jax.tree.map(lambda a: gate, (state, params))
-
-    def gradient(x, r, state, params):
-        primals, pull = jax.vjp(lambda *args: spec.rule(*args), x, r, state, params)
-        return pull(primals)[:2]
-
-    trace = jax.make_jaxpr(gradient)((gate,) * G, (gate,) * K, state, params).jaxpr
-    if not elementwise(trace, gate.shape):
-        return None
-    return G == K and all(a is b for a, b in zip(trace.outvars[:G], trace.outvars[G:]))
-
-
-def elementwise(trace: Any, shape: tuple[int, ...]) -> bool:
-    """Whether all values are scalars or of the one shape, and nothing moves along an axis."""
-    for equation in trace.eqns:
-        if equation.primitive.name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "rev", "sort"):
-            return False
-        if any(getattr(v.aval, "shape", ()) not in ((), shape) for v in equation.outvars):
-            return False
-        inner = (getattr(p, "jaxpr", p) for p in equation.params.values())
-        if not all(elementwise(p, shape) for p in inner if hasattr(p, "eqns")):
-            return False
-    return True
-
+from .pallas_plan import Plan, Sizes, Tiles
+from .recurrent import Given, Spec, Weights, emptied, masked_rule, project, scaled
 
 # Packing: an axis of features (D,) becomes one of heads in whole lanes, gates (G, D) one of heads of gates.
 
@@ -330,6 +145,17 @@ def _call(kernel, plan, tiles, in_specs, out_specs, out_shape, scratch=()):
     )
 
 
+def matrix_product(a: Array, b: Array, axes: tuple[int, int], dtype: DTypeLike) -> Array:
+    """The product along an axis of each, summed in `dtype`, in the precision that JAX's default asks for.
+
+    Mosaic has two: its own default, and "highest", which bfloat16 operands must not ask for.
+    """
+    own = a.dtype == jnp.bfloat16 or jax.config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16")
+    precision = jax.lax.Precision.DEFAULT if own else jax.lax.Precision.HIGHEST
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
+
+
 def _steps(sizes, tiles, backwards, step):
     """Runs step(t) over the steps of this block of time that exist, first to last or the other way round."""
     blocks = -(-sizes.T // tiles.steps)
@@ -393,7 +219,7 @@ def _forward(spec, plan, x, R, state, params, flags, scale, keep):
                 given = _flags_at(flags, t, before.h)
                 before = emptied(given.reset, before)
                 h = scaled(before.h, None if scale is None else scale[:, lanes])
-                r = jnp.dot(h.astype(R.dtype), R[head], preferred_element_type=h.dtype)
+                r = matrix_product(h.astype(R.dtype), R[head], (1, 0), h.dtype)
                 r = tuple(jnp.split(r, s.K, axis=1))
                 after, y = masked_rule(spec, _gates(s, x, t, head, s.G), r, before, own, given)
                 ys[t, :, lanes] = y
@@ -434,10 +260,7 @@ def _recurrence_backward(spec, plan, residuals, cotangents):
             steps = pl.ds(n * tiles.steps_at_once, tiles.steps_at_once)
             for head in range(tiles.heads):
                 h = scaled(kept.h[steps, :, _lanes(s, head)], own_scale(_lanes(s, head)))
-                shares = jax.lax.dot_general(
-                    *(h.reshape(-1, s.lanes).astype(R.dtype), R[head], (((1,), (1,)), ((), ()))),
-                    preferred_element_type=h.dtype,
-                )
+                shares = matrix_product(h.reshape(-1, s.lanes).astype(R.dtype), R[head], (1, 1), h.dtype)
                 gates = pl.ds(head * s.K * s.lanes, s.K * s.lanes)
                 r[steps, :, gates] = shares.reshape(*h.shape[:2], -1)
 
@@ -458,7 +281,7 @@ def _recurrence_backward(spec, plan, residuals, cotangents):
                 for gate in range(0 if s.same else s.K):
                     dr[t, :, _lanes(s, head, s.K, gate)] = d_r[gate]
                 d_r = jnp.concatenate(d_r, axis=1).astype(R.dtype)
-                d_h = scaled(jnp.dot(d_r, R[head], preferred_element_type=before.h.dtype), own_scale(lanes))
+                d_h = scaled(matrix_product(d_r, R[head], (1, 0), before.h.dtype), own_scale(lanes))
                 d_before = emptied(given.reset, d_before._replace(h=d_before.h + d_h))
                 _store(d_state, d_before, everything, lanes)
                 _store(d_params, jax.tree.map(jnp.add, sums, d_own), everything, lanes)

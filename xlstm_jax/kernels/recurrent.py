@@ -148,7 +148,7 @@ def recurrent(
 
 def _plan(form, *arguments):
     """The kernel's plan for the target; imported here because Pallas is slow to load, and needed on a TPU only."""
-    from .pallas_recurrent import plan_for
+    from .pallas_plan import plan_for
 
     *arguments, target = arguments
     return plan_for(*arguments, vmem=target.vmem, cores=target.cores, interpret=form == "pallas_interpret")
