@@ -100,7 +100,11 @@ def chunk(plan: Plan, state: MLSTMState, q: Array, k: Array, v: Array, log_i: Ar
     F_row = jnp.sum(jnp.where(t == j, F, 0), axis=0, keepdims=True)
     D = jnp.where(allowed, F - F_row + log_i, -jnp.inf)
     base = F + entering
-    m_all = jnp.maximum(base, jnp.max(D, axis=1, keepdims=True)) if plan.stabilise else jnp.broadcast_to(m, base.shape)
+    m_all = (
+        jnp.maximum(base, jnp.max(D, axis=1, keepdims=True))
+        if plan.stabilise
+        else jnp.broadcast_to(entering, base.shape)
+    )
     old, weight = jnp.exp(base - m_all), jnp.exp(D - m_all)
     if plan.reset:
         old = jnp.where(carried, old, 0)
