@@ -273,7 +273,7 @@ def _run_chunk(spec, x, weights, state, given, scale, keep):
         if not keep:
             return state, (y, None)
         added = only_added(spec, x, r, u, before, weights, given, scale)
-        x = tuple(a + b if add else a for a, b, add in zip_longest(x, r, added))
+        x = tuple(a + b if add else a for a, b, add in zip_longest(x, r[: len(x)], added[: len(x)]))
         return state, (y, Kept(before, x, tuple(None if add else b for b, add in zip(r, added)), u))
 
     state, (ys, kept) = jax.lax.scan(body, state, (x, given), reverse=spec.reverse)
@@ -281,29 +281,36 @@ def _run_chunk(spec, x, weights, state, given, scale, keep):
 
 
 def only_added(spec, x, r, u, state, weights, given, scale) -> tuple[bool, ...]:
-    """For each recurrent share whether the rule sees only its sum with the input's: then both have one cotangent."""
-    added = []
+    """For each recurrent share whether the rule, traced, has no other use of it and the input's than their sum."""
 
-    def probe(x, r, u, state, params):
-        after, pull = jax.vjp(lambda x, r: masked_rule(spec, x, (*r, *u), state, params, given), x, r)
-        pairs = [zip(*pull(after))]
-        if weights.S is not None:
-            v, pull = jax.vjp(lambda x, r: inner(spec, x, r, state, params, scale), x, r)
-            pairs.append(zip(*pull(v)))
-        added.extend(all(dx is dr for dx, dr in gate) for gate in zip(*pairs))
+    def rule(x, r):
+        return masked_rule(spec, x, (*r, *u), state, weights.params, given)
 
-    jax.eval_shape(probe, x, r, u, state, weights.params)
-    return tuple(added)
+    def before_S(x, r):
+        return inner(spec, x, r, state, weights.params, scale)
+
+    traces = [jax.make_jaxpr(f)(x, r).jaxpr for f in (rule, *(() if weights.S is None else (before_S,)))]
+    return tuple(
+        n < len(x) and all(only_summed(trace, trace.invars[n], trace.invars[len(x) + n]) for trace in traces)
+        for n in range(len(r))
+    )
+
+
+def only_summed(trace, a, b) -> bool:
+    """Whether each use of a or b is a + b."""
+    uses = [equation for equation in trace.eqns if any(v is a or v is b for v in equation.invars)]
+    return not any(v is a or v is b for v in trace.outvars) and all(
+        equation.primitive.name == "add" and {id(v) for v in equation.invars} == {id(a), id(b)} for equation in uses
+    )
 
 
 def linearised(spec, weights, kept, given, scale):
     """One step's transposed rule, of x, the shares in r that are kept, u, the state and the parameters; where there is
     an S, the inner value's transposed map and the value too."""
-    zeros = tuple(jnp.zeros_like(a) for a in kept.x)
 
     def shares(r):
         r = iter(r)
-        return tuple(zero if own is None else next(r) for zero, own in zip(zeros, kept.r))
+        return tuple(jnp.zeros_like(kept.x[n]) if own is None else next(r) for n, own in enumerate(kept.r))
 
     def rule(x, r, u, state, params):
         return masked_rule(spec, x, (*shares(r), *u), state, params, given)
@@ -361,6 +368,7 @@ def _chunks_backward(spec, L, residuals, cotangents):
             kept = _run_chunk(spec, unstack(x), weights, kept, part, scale, keep=True)[2]
         linear = jax.vmap(lambda kept, given: linearised(spec, weights, kept, given, scale))  # all steps at once
         pull, pull_inner, v = jax.lax.optimization_barrier(linear(kept, part))
+        added_all = len(kept.r) == len(kept.x) and all(share is None for share in kept.r)
         v_step = None if v is None else jax.ShapeDtypeStruct(v.shape[1:], v.dtype)
 
         def reverse_step(carry, inputs):
@@ -371,18 +379,17 @@ def _chunks_backward(spec, L, residuals, cotangents):
                 du = stack(du)
                 d_v = jax.linear_transpose(lambda v: spec.product(v, weights.S), v_step)(du)[0]
                 dx, dr, d_state, dp = jax.tree.map(jnp.add, (dx, dr, d_state, dp), pull_inner(d_v))
-            own = any(b is not None for b in kept.r) or len(kept.r) < len(dx)
-            dr = iter(dr)
-            dr = tuple(a if b is None else next(dr) for a, b in zip(dx, kept.r))
-            dx, dr = stack(dx), stack(dr) if own else None
-            d_h = jax.linear_transpose(lambda h: product(h, weights.R), d_state.h)(dx if dr is None else dr)[0]
+            own = iter(dr)
+            dr = tuple(dx[n] if share is None else next(own) for n, share in enumerate(kept.r))
+            d_h = jax.linear_transpose(lambda h: product(h, weights.R), d_state.h)(stack(dr))[0]
             d_state = emptied(reset, d_state._replace(h=d_state.h + d_h))
-            return (d_state, jax.tree.map(jnp.add, d_params, dp)), (dx, dr, du)
+            return (d_state, jax.tree.map(jnp.add, d_params, dp)), (dx, None if added_all else dr, du)
 
         (d_state, d_params), (dx, dr, du) = jax.lax.scan(
             reverse_step, (d_state, d_weights.params), (pull, pull_inner, d_y, part.reset), reverse=not spec.reverse
         )
-        d_R = jax.vjp(lambda R: product(kept.state.h, R), weights.R)[1](dx if dr is None else dr)[0]
+        dx, dr = stack(dx), None if added_all else stack(dr)
+        d_R = jax.vjp(lambda R: product(kept.state.h, R), weights.R)[1](dx if added_all else dr)[0]
         d_S = None if v is None else jax.vjp(lambda S: spec.product(v, S), weights.S)[1](du)[0]
         d_x_in, d_projection = pull_projection(dx)
         d_projection = d_projection._replace(R=d_R, S=d_S, params=jax.tree.map(jnp.zeros_like, d_params))

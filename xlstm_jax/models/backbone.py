@@ -106,7 +106,8 @@ def backbone(
 
     elif name == "xlstm_large":
         pattern = ("xlstm_large",) * num_layers
-        hidden = options.pop("ffn_width", None) or round_up(int(2.6667 * dim))
+        hidden = options.pop("ffn_width", None)
+        hidden = round_up(int(2.6667 * dim)) if hidden is None else hidden
         bias, epsilon = options.get("use_bias", False), options.get("norm_eps", 1e-6)
 
         def make(index):
