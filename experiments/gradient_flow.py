@@ -1,8 +1,8 @@
 """Why LSTMs remember: python -m experiments.gradient_flow --workdir=DIR [--steps=500 --dim=64 --cells=lstm,gru ...]
 
 Draws |dL/ds_t| against the distance T - t for cells at their initialisation, and how long their forget gates keep what
-they hold. L is a random projection of the last output; the inputs are white noise, or the tokens of a task (one-hot):
-a task gives its inputs alone, not its loss, so that a lag means the same with all of them.
+they hold. On white noise L is a random projection of the last output; on a task, whose tokens come in one-hot, it is
+the task's own loss (cross-entropy, weighted as in training) through a random linear head.
 Writes DIR/gradient_flow.png and DIR/gradient_flow.jsonl, one row a cell and initialisation. It computes in float64, so
 that what vanishes is seen and not rounded to zero. The norm is over all fields of the state as the cell holds them:
 c, n and C of sLSTM and mLSTM are in units of exp(m), which change from step to step, and the curves' scale with them.
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from experiments import command
@@ -111,37 +112,58 @@ def choose(names: str) -> list[tuple[str, str, dict]]:
     return chosen
 
 
-def inputs(settings: Settings) -> jax.Array:
-    """(B, T, D_in): white noise of width `dim`, or a task's first training batch of full length, one-hot."""
+class Question(NamedTuple):
+    """Inputs (B, T, D_in), the linear head (dim, C), and what L asks of it: targets (B, T) and weights, or neither."""
+
+    xs: jax.Array
+    head: jax.Array
+    targets: jax.Array | None = None
+    weights: jax.Array | None = None
+
+    def loss(self, ys: jax.Array) -> jax.Array:
+        """L of the outputs (B, T, dim), summed over rows, which do not touch each other."""
+        if self.targets is None:
+            return jnp.sum(ys[:, -1] @ self.head)
+        losses = optax.softmax_cross_entropy_with_integer_labels(ys @ self.head, self.targets)
+        return jnp.sum(losses * self.weights)
+
+
+def question(settings: Settings) -> Question:
+    """White noise of width `dim` and one class, or a task's first training batch of full length, one-hot."""
+    head_key = jax.random.key(settings.seed + 1)
     if settings.task == "noise":
         shape = settings.batch, settings.steps, settings.dim
-        return jax.random.normal(jax.random.key(settings.seed), shape, jnp.float64)
+        noise = jax.random.normal(jax.random.key(settings.seed), shape, jnp.float64)
+        return Question(noise, jax.random.normal(head_key, (settings.dim,), jnp.float64))
     if settings.task not in tasks.TASKS:
         raise ValueError(unknown("task", settings.task, ["noise", *tasks.TASKS]))
     kind = tasks.TASKS[settings.task]
     formal = issubclass(kind, FormalLanguage)
     length = {"train_lengths": (settings.steps + 1,) * 2} if formal else {"seq_len": settings.steps}
     task = kind(**length)
-    tokens = task.batch("train", settings.seed, 0, settings.batch).inputs
-    return jax.nn.one_hot(tokens, task.vocab_size, dtype=jnp.float64)
+    batch = task.batch("train", settings.seed, 0, settings.batch)
+    head = jax.random.normal(head_key, (settings.dim, task.num_classes), jnp.float64)
+    return Question(
+        jax.nn.one_hot(batch.inputs, task.vocab_size, dtype=jnp.float64), head, batch.targets, batch.weights
+    )
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def probe(graphdef, params, xs, direction) -> tuple[jax.Array, jax.Array | None, dict]:
+def probe(graphdef, params, asked: Question) -> tuple[jax.Array, jax.Array | None, dict]:
     """Gradient norms (B, T), log of the forget factor (B, T, ...), saturation of the gates."""
     cell = nnx.merge(graphdef, params)
-    gradients = analysis.state_gradients(cell, xs, lambda ys: jnp.sum(ys[:, -1] @ direction))
+    xs = asked.xs
+    gradients = analysis.state_gradients(cell, xs, asked.loss)
     norms = analysis.gradient_norms(gradients)["state"]
     log_forget = analysis.log_forget(cell, xs) if analysis.has_forget_gate(cell) else None
     return norms, log_forget, analysis.gate_saturation(cell, xs) if analysis.gate_names(cell) else {}
 
 
-def measure(name: str, options: dict[str, Any], xs: jax.Array, settings: Settings) -> Measured:
+def measure(name: str, options: dict[str, Any], asked: Question, settings: Settings) -> Measured:
     """One cell, initialised from the seed."""
     rngs = nnx.Rngs(jax.random.key(settings.seed))
-    cell = cells.CELLS[name](xs.shape[-1], settings.dim, param_dtype=jnp.float64, rngs=rngs, **options)
-    direction = jax.random.normal(jax.random.key(settings.seed + 1), (settings.dim,), jnp.float64)
-    norms, log_forget, saturation = jax.device_get(probe(*nnx.split(cell), xs, direction))
+    cell = cells.CELLS[name](asked.xs.shape[-1], settings.dim, param_dtype=jnp.float64, rngs=rngs, **options)
+    norms, log_forget, saturation = jax.device_get(probe(*nnx.split(cell), asked))
     shares = {gate: [round(float(share.mean()), 4) for share in shares] for gate, shares in saturation.items()}
     return Measured(norms.mean(axis=0)[::-1], log_forget, shares)
 
@@ -180,10 +202,9 @@ def draw(rows: list[tuple], found: list[Measured], settings: Settings, file: Pat
         draw_half_lives(axes[0][-1], forgetting, settings.steps)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
-    what = "white noise" if settings.task == "noise" else settings.task
-    title = (
-        f"Why LSTMs remember: the gradient of the last output over {settings.steps} steps of {what}, before training"
-    )
+    noise = settings.task == "noise"
+    what, loss = ("white noise", "the last output") if noise else (settings.task, "the loss")
+    title = f"Why LSTMs remember: the gradient of {loss} over {settings.steps} steps of {what}, before training"
     figure.suptitle(textwrap.fill(title, 50 * count), fontsize=12)
     if {"slstm", "mlstm"} & set(names):
         figure.supxlabel(UNITS, fontsize=8, color="#666666")
@@ -255,7 +276,7 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--dim", type=int, default=64, help="width of the cells")
     arguments.add_argument("--batch", type=int, default=8, help="rows")
     arguments.add_argument("--seed", type=int, default=0, help="of the parameters, the inputs and the projection")
-    arguments.add_argument("--task", default="noise", help="whose inputs, not its loss; noise: white noise")
+    arguments.add_argument("--task", default="noise", help="whose inputs and loss; noise: white noise")
     names = ",".join(dict.fromkeys(row[0] for row in ROWS))
     arguments.add_argument("--cells", default=names, help=f"a,b,... of {', '.join(BARE)}; default: {names}")
     options = arguments.parse_args(argv)
@@ -267,8 +288,8 @@ def main(argv: list[str]) -> int:
     options.workdir.mkdir(parents=True, exist_ok=True)
     use_compilation_cache()
     with jax.enable_x64(True):
-        xs = inputs(settings)
-        found = [measure(name, given, xs, settings) for name, _, given in rows]
+        asked = question(settings)
+        found = [measure(name, given, asked, settings) for name, _, given in rows]
         lines = [json.dumps(record(row, each, settings)) + "\n" for row, each in zip(rows, found)]
     picture, numbers = options.workdir / f"{FILE}.png", options.workdir / f"{FILE}.jsonl"
     metrics.write_atomically(numbers, "".join(lines))

@@ -349,3 +349,13 @@ def test_figure_refuses(tmp_path, monkeypatch, capsys, flag, message):
     monkeypatch.setattr(gradient_flow, "use_compilation_cache", lambda: None)
     assert gradient_flow.main([f"--workdir={tmp_path / 'none'}", "--steps=4", flag]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_task_asks_for_its_own_loss(x64):
+    """Parity wants an answer at the last step alone: L is its cross-entropy there, without a gradient to others."""
+    asked = gradient_flow.question(gradient_flow.Settings(steps=6, dim=3, batch=2, seed=0, task="parity"))
+    ys = jax.random.normal(jax.random.key(0), (2, asked.xs.shape[1], 3))
+    log_p = jax.nn.log_softmax(ys[:, -1] @ asked.head)
+    want = -sum(log_p[row, asked.targets[row, -1]] for row in range(2))
+    np.testing.assert_allclose(asked.loss(ys), want, rtol=1e-12)
+    assert not jax.grad(asked.loss)(ys)[:, :-1].any()
