@@ -23,7 +23,7 @@ SECTIONS = ("model", "task", "optimizer")
 COUNTS = {"steps": None, "batch_size": None, "log_every": 100, "eval_batch_size": None, "steps_per_dispatch": 10}
 INTERVALS = {"seed": None, "eval_every": 0, "save_every": 0}  # these may be 0
 REQUIRED = ("kind", *SECTIONS, "steps", "batch_size", "seed")
-FIELDS = ("kind", *SECTIONS, *COUNTS, *INTERVALS)
+FIELDS = ("kind", "label", *SECTIONS, *COUNTS, *INTERVALS)
 PLAIN = {bool, int, float, str, NoneType}
 LARGEST = 2**31 - 1  # steps and seeds are int32 on the device
 
@@ -45,6 +45,8 @@ def resolve(config: ConfigDict) -> dict[str, Any]:
             raise ValueError(f"config.{name} is {plain[name]!r}: a dictionary of arguments is needed")
     if plain["kind"] not in KINDS:
         raise ValueError(unknown("config.kind", plain["kind"], KINDS))
+    if not isinstance(plain.get("label", ""), str):
+        raise ValueError(f"config.label is {plain['label']!r}: it is what a table calls the run, a string")
     plain = {**COUNTS, **INTERVALS, **plain}
     plain["eval_batch_size"] = plain["eval_batch_size"] or plain["batch_size"]
     for name, least in {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(INTERVALS, 0)}.items():

@@ -68,7 +68,7 @@ def demo(workdir: Path, preset: str, workers: int, console: Console) -> int:
     )
     for run in bible.runs:
         if run.id in rows.read(folders[1]):
-            console.rule(f"{run.overrides['model.backbone']} writes", characters="·")
+            console.rule(f"{run.overrides['label']} writes", characters="·")
             for prompt, text in zip(PROMPTS, sample(folders[1], run)):
                 console.print(prompt, text, sep="", style="italic", markup=False, highlight=False)
     curves(bible, folders[1], known, workdir / "bible.png")
@@ -140,7 +140,7 @@ def curves(each: Sweep, folder: Path, known: dict[str, float], file: Path) -> No
         for split, style in (("train", dict(linewidth=0.8, alpha=0.6)), ("valid", dict(marker="o", markersize=4))):
             points = [(line["step"], line["loss"] / math.log(2)) for line in lines if line["split"] == split]
             steps, bits = zip(*points) if points else ((), ())
-            axis.plot(steps, bits, color=colour, label=f"{run.overrides['model.backbone']}, {split}", **style)
+            axis.plot(steps, bits, color=colour, label=f"{run.overrides['label']}, {split}", **style)
     axis.axhline(known["xz"], color="#444444", linestyle="--", linewidth=1, label="xz -9e (test split)")
     axis.axhline(known["order0"], color="#444444", linestyle=":", linewidth=1, label="byte frequencies (test split)")
     axis.set(xlabel="step", ylabel="bits a byte", title="King James Bible, byte level")

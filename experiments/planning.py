@@ -167,9 +167,11 @@ def headline(source: str, module: ModuleType, configs: list[ConfigDict], workdir
     if presets and preset is None:
         preset = f"{presets[0]} (as none is named; there are {', '.join(presets)})"
     words = [path, f"preset {preset}" if preset else f"argument {arg or 'none'}"]
-    for what, section, field in (("model", "model", "backbone"), ("task", "task", "name")):
-        named = dict.fromkeys(str(c.get(section, {}).get(field)) for c in configs)
-        words.append(f"{what} {', '.join(named)}")
+    names = {
+        "model": [c.get("label") or c.get("model", {}).get("backbone") for c in configs],
+        "task": [c.get("task", {}).get("name") for c in configs],
+    }
+    words += [f"{what} {', '.join(dict.fromkeys(map(str, found)))}" for what, found in names.items()]
     runs = f"{len(configs)} runs, " if len(configs) > 1 else ""
     return f"{'; '.join(words)}; {runs}folder {workdir}"
 

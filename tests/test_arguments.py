@@ -136,6 +136,7 @@ def test_a_masked_token_may_be_anything_and_under_jit_nothing_is_looked_at():
     model, tokens = lm(), jnp.array([[1, -1]])
     assert np.all(np.isfinite(model(tokens, mask=tokens >= 0)[0]))
     assert jax.eval_shape(lambda tokens: model(tokens)[0], tokens).shape == (1, 2, 5)
+    assert jax.eval_shape(lambda: model(jnp.array([[1, 4]]))[0]).shape == (1, 2, 5)  # a constant is looked at
 
 
 def test_known_names_are_those_of_all_bases():

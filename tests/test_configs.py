@@ -4,15 +4,19 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import pytest
+from flax import nnx
 
 from experiments import planning
 from experiments.build import resolve
 from experiments.table import expected
+from xlstm_jax import models
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGS = {
     "configs/bible.py": ("", "demo", "reduced", "reduced,lstm", "demo,debug"),
+    "configs/shakespeare.py": ("", "reduced", "reduced,xlstm[1:1]", "demo,debug"),
     "configs/papers/xlstm_formal_languages.py": ("", "demo", "reduced", "paper", "reduced,debug"),
 }
 BIBLE = str(ROOT / "configs/bible.py")
@@ -104,12 +108,29 @@ def test_wrong_overrides(override, message):
 
 
 def test_an_option_of_one_row_stays_in_it():
-    module = planning.read(BIBLE)[1]
-    module.PRESETS["reduced"]["models"]["lstm"]["model.dropout"] = 0.3
-    base = module.get_config("reduced")
-    found = {each["model.backbone"]: planning.override(base, each) for each in module.sweep("reduced")}
-    assert (found["lstm"].model.dropout, found["xlstm[1:1]"].model.dropout) == (0.3, 0.1)
-    assert module.get_config("reduced,lstm").model == found["lstm"].model
+    sweep = planning.load(f"{BIBLE}:reduced")
+    found = {run.overrides["label"]: sweep.config(run) for run in sweep.runs}
+    assert (found["AWD-LSTM"].task.ar, found["Transformer"].optimizer.learning_rate) == (0.2, 2e-3)
+    assert "ar" not in found["LSTM"].task and found["LSTM"].optimizer.learning_rate == 4e-3
+    alone = planning.load(f"{BIBLE}:reduced,lstm")
+    assert alone.base == found["LSTM"] and [run.overrides["label"] for run in alone.runs] == ["LSTM"]
+
+
+def test_the_models_of_text_are_of_equal_size():
+    """Within 4 % with the 65 characters of tiny Shakespeare, within 7 % with bytes."""
+    sweep = planning.load(f"{BIBLE}:reduced")
+    for vocabulary, spread in ((65, 1.04), (256, 1.07)):
+        sizes = []
+        for run in sweep.runs:
+            options = sweep.config(run).model.to_dict()
+            model = nnx.eval_shape(lambda V=vocabulary, options=options: models.LM(V, rngs=nnx.Rngs(0), **options))
+            sizes.append(sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))))
+        assert 0.9e6 < min(sizes) and max(sizes) < spread * min(sizes)
+
+
+def test_a_model_without_a_row_in_the_preset():
+    with pytest.raises(ValueError, match="transformer has no row in this preset: lstm, xlstm.1:1. have"):
+        planning.load(f"{BIBLE}:demo,transformer")
 
 
 def test_the_bible_has_no_paper_preset():

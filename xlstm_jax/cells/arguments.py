@@ -158,9 +158,9 @@ def check_state(state: Any, empty: Any) -> None:
 
 def check_tokens(tokens: Any, mask: Any, vocab_size: int) -> None:
     """Within the vocabulary where they count; only outside of `jax.jit`, under which there are no values to look at."""
-    tokens = tokens if mask is None else jnp.where(mask, tokens, 0)
-    if isinstance(tokens, jax.core.Tracer):
+    if any(isinstance(each, jax.core.Tracer) for each in (tokens, mask)):
         return
+    tokens = np.asarray(tokens) if mask is None else np.where(mask, tokens, 0)  # constants under jit are values too
     for token in (int(tokens.min()), int(tokens.max())):
         if not 0 <= token < vocab_size:
             raise ValueError(
