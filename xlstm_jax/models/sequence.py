@@ -30,9 +30,10 @@ def output_norm(
 ) -> Norm | None:
     """The norm after a backbone: "layer", "rms", "rms_bias" or "none"; the published models' where not given.
 
-    That is "rms" after "xlstm_large", else "layer", with an epsilon of 1e-6 and 1e-5. scale: where the norm's starts.
+    That is "rms" after "xlstm_large" and "transformer", else "layer", with an epsilon of 1e-6 and 1e-5. scale: where
+    the norm's starts.
     """
-    name = name or ("rms" if backbone == "xlstm_large" else "layer")
+    name = name or ("rms" if backbone in ("xlstm_large", "transformer") else "layer")
     if name not in NORMS:
         raise ValueError(unknown("final_norm", name, NORMS))
     if NORMS[name] is None:
