@@ -74,7 +74,8 @@ class Programs:
         self.step = jax.jit(lambda params, x, state, reset: nnx.merge(graphdef, params).step(x, state, reset))
         one_row = lambda params, x, m, r: loss(params, x[None], None, m[None], r[None], (1.0, 1.0))[0]  # noqa: E731
         rows = lambda params, xs, m, r: jnp.sum(jax.vmap(jax.checkpoint(one_row), (None, 0, 0, 0))(params, xs, m, r))  # noqa: E731
-        self.rows = jax.jit(jax.value_and_grad(rows, argnums=argnums))
+        # of a model the value alone: the gradients of its parts are checked with them, and this program is the largest
+        self.rows = jax.jit((lambda *args: (rows(*args), ())) if tokens else jax.value_and_grad(rows, argnums=argnums))
 
 
 def close(got, want, tolerance=1e-10, what=""):
@@ -224,7 +225,7 @@ def transforms(subject, case):
     (loss, _), grads = case.run(
         state=case.empty, mask=case.mask, reset=case.reset, weights=(jnp.ones_like(case.ys), 1.0)
     )
-    close(got, (loss, grads), what="vmap and checkpoint change nothing")
+    close(got, (loss, () if subject.tokens else grads), what="vmap and checkpoint change nothing")
 
 
 def low_precision(subject, xs, mask, reset):

@@ -99,9 +99,7 @@ def test_mixers(x64, layer):
     check(Subject(make, (16,)))
 
 
-@pytest.mark.parametrize(
-    "backbone", ["lstm", "gru_block", "slstm", "xlstm[1:0]", "xlstm[0:1]", "xlstm[1:1]", "transformer"]
-)
+@pytest.mark.parametrize("backbone", ["lstm", "gru_block", "xlstm[1:1]", "transformer"])
 def test_models(x64, backbone):
     def make(**options):
         return models.Tagger(7, 5, backbone=backbone, dim=16, num_layers=4, rngs=nnx.Rngs(0), **options)
