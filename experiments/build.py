@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from xlstm_jax import attention, blocks, cells, models, optim, tasks
 from xlstm_jax.names import unknown
 
-KINDS = ("tagger", "lm")
+KINDS = ("tagger", "lm", "features")  # features: real inputs in place of tokens
 SECTIONS = ("model", "task", "optimizer")
 COUNTS = {"steps": None, "batch_size": None, "log_every": 100, "eval_batch_size": None, "steps_per_dispatch": 10}
 INTERVALS = {"seed": None, "eval_every": 0, "save_every": 0}  # these may be 0
@@ -67,6 +67,10 @@ def build_task(plain: dict[str, Any]):
     _check_options("task", options, dict.fromkeys(options_of(plain, "task")))  # `tasks.make` knows their types
     with _about("task"):
         task = tasks.make(name, **options)
+    real = hasattr(task, "num_features")
+    if real != (plain["kind"] == "features"):
+        right = "real inputs: use 'features'" if real else "tokens as inputs: use 'tagger' or 'lm'"
+        raise ValueError(f"config.kind is {plain['kind']!r}, but the task {name} has {right}")
     if plain["kind"] == "lm" and task.num_classes != task.vocab_size:
         raise ValueError(f"config.kind is 'lm', but the task {name} has classes that are no tokens: use 'tagger'")
     return task
@@ -79,18 +83,22 @@ def build_model(plain: dict[str, Any], task, seed) -> nnx.Module:
     with _about("model"):
         if plain["kind"] == "lm":
             return models.LM(task.vocab_size, rngs=rngs, **plain["model"])
+        if plain["kind"] == "features":
+            return models.FeatureTagger(task.num_features, task.num_classes, rngs=rngs, **plain["model"])
         return models.Tagger(task.vocab_size, task.num_classes, rngs=rngs, **plain["model"])
 
 
 def abstract_model(plain: dict[str, Any], task) -> tuple[nnx.GraphDef, PyTree]:
-    """Graph and shapes of the model, built and applied to two tokens without computing: finds every wrong option."""
+    """Graph and shapes of the model, built and applied to two steps without computing: finds every wrong option."""
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: build_model(plain, task, 0)))
 
     def apply(params, tokens):
         return nnx.merge(graphdef, params)(tokens, key=jax.random.key(0))[0]
 
+    real = plain["kind"] == "features"
+    inputs = jax.ShapeDtypeStruct((1, 2, task.num_features) if real else (1, 2), jnp.float32 if real else jnp.int32)
     with _about("model"):
-        jax.eval_shape(apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+        jax.eval_shape(apply, shapes, inputs)
     return graphdef, shapes
 
 
@@ -137,7 +145,7 @@ def options_of(plain: dict[str, Any], section: str) -> dict[str, Any]:
 @functools.cache
 def _model_options() -> dict[str, Any]:
     """Every option that some model, cell or mixer takes, and its annotation."""
-    makers = (models.LM, models.Tagger, *cells.CELLS.values())
+    makers = (models.LM, models.Tagger, models.FeatureTagger, *cells.CELLS.values())
     makers += (blocks.MLSTMLayer, blocks.SLSTMLayer, attention.Attention)
     found = {"slstm_conv_width": int}
     for each in (parent for maker in makers for parent in maker.__mro__ if parent.__module__.startswith("xlstm_jax")):

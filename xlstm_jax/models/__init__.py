@@ -2,7 +2,7 @@
 
 from .backbone import BACKBONES, backbone
 from .lm import LM
-from .sequence import BlockStack, Classifier, Tagger
+from .sequence import BlockStack, Classifier, FeatureTagger, Tagger
 from .sizes import SIZES
 
-__all__ = ["BACKBONES", "LM", "SIZES", "BlockStack", "Classifier", "Tagger", "backbone"]
+__all__ = ["BACKBONES", "LM", "SIZES", "BlockStack", "Classifier", "FeatureTagger", "Tagger", "backbone"]

@@ -1,4 +1,4 @@
-"""Sequence models for tasks: one answer a step (`Tagger`) or one a sequence (`Classifier`)."""
+"""Sequence models for tasks: one answer a step (`Tagger`, of real inputs `FeatureTagger`), one a sequence (`Classifier`)."""
 
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..initializers import Initializer, small_init
 from ..layers import Norm
 from ..names import unknown
 from ..regularizers import check_rates, dropout, split
+from .backbone import BARE
 from .backbone import backbone as make_backbone
 
 NORMS = {"layer": {}, "rms": dict(mean=False), "rms_bias": dict(mean=False, use_bias=True), "none": None}
@@ -110,7 +111,7 @@ class Tagger(Cell):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array, "B T"] | Float[Array, "B T F"],
         state: Any = None,
         mask: Bool[Array, "B T"] | None = None,
         reset: Bool[Array, "B T"] | None = None,
@@ -124,6 +125,47 @@ class Tagger(Cell):
     def logits(self, xs: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
         """The head."""
         return self.head(xs)
+
+
+class FeatureTagger(Tagger):
+    """Real inputs xs (B, T, in_features) to outputs (B, T, num_classes): a linear map in place of the embedding.
+
+    Bare cells read xs as it is, unless `embedding_dim` is given. The head has a bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        backbone: str,
+        dim: int,
+        embedding_dim: int | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        **options,
+    ):
+        width = embedding_dim or (in_features if backbone in BARE else dim)
+        shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        super().__init__(1, num_classes, backbone=backbone, dim=dim, embedding_dim=width, **shared, **options)
+        self.in_features = in_features
+        del self.embedding, self.head
+        reads_all = embedding_dim is None and backbone in BARE
+        self.embedding = None if reads_all else nnx.Linear(in_features, width, **shared)
+        self.head = nnx.Linear(dim, num_classes, kernel_init=small_init(dim), **shared)
+
+    def input_shape(self, xs: Any) -> tuple[int | str, ...]:
+        return (self.in_features,)
+
+    def hidden(self, xs, state, mask, reset, *, key=None) -> tuple[Float[Array, "B T D"], Any]:
+        """What the backbone gives, and the last state."""
+        check_array("xs", xs, "BT", (self.in_features,))
+        check_flags(xs, mask, reset)
+        keys = split(key, 3)
+        if self.embedding is not None:
+            xs = dropout(self.embedding(xs), self.dropout, keys[0])
+        return self.backbone(xs, state, mask, reset, key=keys[1])
 
 
 class BlockStack(Cell):

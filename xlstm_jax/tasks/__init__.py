@@ -8,6 +8,7 @@ from xlstm_jax.tasks.byte_lm import ByteLM
 from xlstm_jax.tasks.cycle_navigation import CycleNavigation
 from xlstm_jax.tasks.even_pairs import EvenPairs
 from xlstm_jax.tasks.modular_arithmetic import ModularArithmetic
+from xlstm_jax.tasks.music import Music
 from xlstm_jax.tasks.parity import Parity
 from xlstm_jax.tasks.task import SPLITS, Batch, check
 from xlstm_jax.tasks.text_lm import TextLM
@@ -21,6 +22,7 @@ TASKS = {
     "modular_arithmetic": ModularArithmetic,
     "byte_lm": ByteLM,
     "text_lm": TextLM,
+    "music": Music,
 }
 
 

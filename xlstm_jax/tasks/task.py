@@ -8,10 +8,17 @@ A task is a frozen dataclass with
     batch(split, seed, step, batch_size) -> Batch        pure; `seed` and `step` may be traced
     num_batches(split, batch_size) -> int                an evaluation is steps 0 .. n - 1
     metrics(sums) -> dict                                from the sums {"nll", "correct", "weight"}
+
+and where inputs are no tokens or targets no classes
+
+    num_features                       width of real inputs (B, T, F), in place of vocab_size
+    scores(outputs, targets)           (loss, correct), (B, T) each, in place of cross-entropy and argmax;
+                                       targets are real, (B, T, num_classes)
 """
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,10 +26,10 @@ SPLITS = ("train", "valid", "test")
 
 
 class Batch(NamedTuple):
-    """Token sequences, what is asked of them, and where they begin and end."""
+    """Sequences of tokens or real vectors, what is asked of them, and where they begin and end."""
 
-    inputs: Int[Array, "B T"]
-    targets: Int[Array, "B T"]
+    inputs: Int[Array, "B T"] | Float[Array, "B T F"]
+    targets: Int[Array, "B T"] | Float[Array, "B T C"]
     weights: Float[Array, "B T"]  # 1 where an answer is asked, 0 elsewhere: loss and accuracy are weighted means
     mask: Bool[Array, "B T"] | None  # False = padding
     reset: Bool[Array, "B T"] | None  # True = a new document begins at this step
@@ -35,15 +42,36 @@ def split_index(split: str) -> int:
     return SPLITS.index(split)
 
 
+def squared_error(
+    outputs: Float[Array, "B T C"], targets: Float[Array, "B T C"]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Mean of (output - target)^2 over the outputs of a step, as a task's `scores`; nothing is ever "correct"."""
+    loss = jnp.mean(jnp.square(outputs - targets.astype(outputs.dtype)), axis=-1)
+    return loss, jnp.zeros_like(loss)
+
+
+def widths(task: Any) -> dict[str, int | None]:
+    """The last axis of real inputs and targets, None where they are tokens and classes."""
+    outputs = task.num_classes if hasattr(task, "scores") else None
+    return {"inputs": getattr(task, "num_features", None), "targets": outputs}
+
+
 def check(batch: Batch, task: Any) -> None:
-    """Raises ValueError where a concrete batch does not fit the task's vocabulary, classes or shapes."""
+    """Raises ValueError where a concrete batch does not fit the task's vocabulary, classes, widths or shapes."""
+    real = {field: width for field, width in widths(task).items() if width is not None}
     shape = np.shape(batch.inputs)
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"{task.name}: inputs must be (B, T) with B and T at least 1, not {shape}")
+    if len(shape) != 2 + ("inputs" in real) or 0 in shape:
+        axes = "(B, T, F)" if "inputs" in real else "(B, T)"
+        raise ValueError(f"{task.name}: inputs must be {axes} with B and T at least 1, not {shape}")
     for field, value in batch._asdict().items():
-        if value is not None and np.shape(value) != shape:
-            raise ValueError(f"{task.name}: {field} has shape {np.shape(value)} where inputs have {shape}")
+        wanted = (*shape[:2], real[field]) if field in real else shape[:2]
+        if value is not None and np.shape(value) != wanted:
+            raise ValueError(f"{task.name}: {field} has shape {np.shape(value)} where {wanted} is needed")
+        if field in real and not np.isfinite(np.asarray(value)).all():
+            raise ValueError(f"{task.name}: {field} hold a value that is not finite")
     for field, limit in (("inputs", "vocab_size"), ("targets", "num_classes")):
+        if field in real:
+            continue
         value, bound = np.asarray(getattr(batch, field)), getattr(task, limit)
         if not np.issubdtype(value.dtype, np.integer):
             raise ValueError(f"{task.name}: {field} must be integers, not {value.dtype}")
