@@ -1,0 +1,80 @@
+"""Processes that start together, agree or say in what they differ, and name the one that does not come."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xlstm_jax import distributed
+
+SCRIPT = """
+import sys, time
+import jax
+from xlstm_jax import distributed
+address, index = sys.argv[1], int(sys.argv[2])
+distributed.start(address, 2, index, wait=60, heartbeat=20)
+distributed.agree("the config", {"steps": 3, "seed": 1}, 30)
+distributed.meet(30)
+try:
+    distributed.agree("the config", {"steps": 3, "seed": index}, 30)
+except ValueError as error:
+    print(error, flush=True)
+if index == 0:
+    try:
+        distributed.meet(0.3, "to save step 5")
+    except RuntimeError as error:
+        print(error, flush=True)
+else:
+    time.sleep(0.5)
+    distributed.meet(30)
+with distributed.Watch(limit=1) as watch:
+    watch.beat(7 + index)
+    time.sleep(30)
+"""
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (tmp_path / "script.py").write_text(SCRIPT)
+    root = Path(__file__).resolve().parents[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "script.py", address, str(index)],
+            env={"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "PATH": "", "XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    for out, _ in outputs:
+        assert "the processes differ in the config: seed is 0 on process 0; 1 on process 1" in out
+    assert "waited 0.3 s to save step 5: process 1 did not come" in outputs[0][0]
+    assert "no step for 1 s" in outputs[0][1] + outputs[1][1]
+    assert any("furthest behind, at step 7: process 0" in err for _, err in outputs)
+    assert distributed.STALLED in [process.returncode for process in processes]
+
+
+def test_one_process_waits_for_nobody():
+    distributed.meet(0.1)
+    distributed.agree("the config", {"steps": 3})
+    with distributed.Watch(limit=0.1) as watch:
+        watch.beat(1)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("somewhere", 2, 0), "address is 'somewhere': host:port of process 0 is needed"),
+        (("localhost:1", 2, 2), "index is 2: the number of one of 2 processes is needed"),
+        (("localhost:1", None, None), "did not come together .*not given: count, index"),
+    ],
+)
+def test_what_is_missing(arguments, message, monkeypatch):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        distributed.start(*arguments, wait=1)
