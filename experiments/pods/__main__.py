@@ -1,0 +1,138 @@
+"""Training on machines that are not this one: python -m experiments.launch tpu|slurm|kubernetes ACTION ... [--dry_run]
+
+    tpu         create | setup | run | logs | watch | stop | delete     --name --zone --topology [--slices --spot]
+    slurm       submit | script                                         --nodes [--time --option=partition=NAME]
+    kubernetes  apply | manifest                                        --name --image --topology [--slices --spot]
+
+Each takes --config=FILE.py[:arg] and --workdir=DIR (a folder or bucket that all hosts see) and --config.a.b=v, as
+experiments.train does, which runs on every host. --dry_run prints every command and does nothing.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from experiments import command
+from experiments.pods import kubernetes, slurm, tpu
+from experiments.pods.job import parse, shell, training
+from xlstm_jax.names import unknown
+
+ACTIONS = {"tpu": tpu.ACTIONS, "slurm": ("submit", "script"), "kubernetes": ("apply", "manifest")}
+NEEDED = {
+    "tpu": ("name", "zone", "topology"),
+    "slurm": ("config", "workdir"),
+    "kubernetes": ("name", "image", "topology", "config", "workdir"),
+}
+
+
+@command.exit_code
+def main(argv: list[str]) -> int:
+    parser = command.Arguments("launch", __doc__)
+    parser.add_argument("where", help=", ".join(ACTIONS))
+    parser.add_argument("action", help="; ".join(f"{where}: {', '.join(each)}" for where, each in ACTIONS.items()))
+    for name in ("config", "workdir", "name", "zone", "project", "topology", "image"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--slices", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--restarts", type=int, default=10, help="kubernetes: of the whole set")
+    parser.add_argument("--time", default="24:00:00", help="slurm: the time limit")
+    parser.add_argument("--warning", type=int, default=300, help="slurm: seconds before it at which the training saves")
+    parser.add_argument("--option", action="append", default=[], help="slurm: another sbatch option, partition=NAME")
+    parser.add_argument("--host", type=int, default=0, help="tpu logs: of which host")
+    parser.add_argument("--spot", action="store_true")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands")
+    options = parser.with_overrides(argv)
+    if options.where not in ACTIONS:
+        raise ValueError(unknown("place", options.where, ACTIONS))
+    if options.action not in ACTIONS[options.where]:
+        raise ValueError(unknown(f"action of {options.where}", options.action, ACTIONS[options.where]))
+    trains = options.where == "tpu" and options.action in ("run", "watch")
+    needed = [*NEEDED[options.where], *(("config", "workdir") if trains else ())]
+    missing = [f"--{name}" for name in needed if not getattr(options, name)]
+    if missing:
+        raise ValueError(f"{options.where} {options.action} needs {', '.join(missing)}")
+    for name in ("slices", "nodes"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}: at least 1 is needed")
+    if options.config and not Path(options.config.partition(":")[0]).is_file():
+        raise ValueError(f"--config={options.config}: no such Python file")
+    return {"tpu": on_tpu, "slurm": on_slurm, "kubernetes": on_kubernetes}[options.where](options)
+
+
+def on_tpu(options) -> int:
+    pod = tpu.Pod(options.name, options.zone, parse(options.topology), options.slices, options.spot, options.project)
+    words = training(options.config, options.workdir, options.overrides, python=".venv/bin/python")
+    with tempfile.TemporaryDirectory() as folder:
+        archive = f"{'DIR' if options.dry_run else folder}/code.tar.gz"
+        if options.action == "watch" and not options.dry_run:
+            return max((execute(each) for each in tpu.watch(pod, words, archive, tpu.ask)), default=0)
+        steps = {
+            "create": pod.create,
+            "setup": lambda: pod.setup(archive),
+            "run": lambda: pod.run(words),
+            "logs": lambda: pod.logs(options.host),
+            "watch": lambda: [pod.state(), *pod.create(), *pod.setup(archive), *pod.run(words), pod.running()],
+            "stop": pod.stop,
+            "delete": pod.delete,
+        }
+        return perform(steps[options.action](), options.dry_run)
+
+
+def on_slurm(options) -> int:
+    words = training(options.config, options.workdir, options.overrides)
+    text = slurm.script(
+        words,
+        name=options.name or "xlstm_jax",
+        nodes=options.nodes,
+        time=options.time,
+        warning=options.warning,
+        options=options.option,
+        workdir=options.workdir,
+    )
+    if options.action == "script" or options.dry_run:
+        print(text, end="")
+        return 0
+    Path(options.workdir).mkdir(parents=True, exist_ok=True)
+    file = Path(options.workdir) / "job.sh"
+    file.write_text(text)
+    return execute(["sbatch", str(file)])
+
+
+def on_kubernetes(options) -> int:
+    text = kubernetes.manifest(
+        training(options.config, options.workdir, options.overrides),
+        name=options.name,
+        image=options.image,
+        slice=parse(options.topology),
+        slices=options.slices,
+        restarts=options.restarts,
+        spot=options.spot,
+    )
+    if options.action == "manifest" or options.dry_run:
+        print(text, end="")
+        return 0
+    return execute(["kubectl", "apply", "-f", "-"], text)
+
+
+def perform(commands: list[list[str]], dry_run: bool) -> int:
+    """Runs them in order up to the first that fails; returns its exit code."""
+    for words in commands:
+        if dry_run:
+            print(shell(words))
+        elif code := execute(words):
+            return code
+    return 0
+
+
+def execute(words: list[str], given: str | None = None) -> int:
+    """Runs a command, shown first; its exit code."""
+    print(f"$ {shell(words)}", file=sys.stderr, flush=True)
+    try:
+        return subprocess.run(words, input=given, text=True).returncode
+    except FileNotFoundError:
+        raise ValueError(f"{words[0]} is not installed here: install it, or see the commands by --dry_run") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
