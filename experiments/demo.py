@@ -20,6 +20,7 @@ from rich.markdown import Markdown
 from experiments import command, generate, launch, rows, sweep, table
 from experiments.planning import ROOT, Run, Sweep, load, validate
 from xlstm_jax import metrics
+from xlstm_jax.generate import Sampling
 
 FORMAL = "configs/papers/xlstm_formal_languages.py"
 BIBLE = "configs/bible.py"
@@ -123,7 +124,8 @@ def sample(folder: Path, run: Run) -> list[str]:
     file = folder / "runs" / run.id / "sample.json"
     if not file.exists():
         model = generate.load(file.parent)
-        metrics.write_json(file, [generate.text(model, prompt, LENGTH, temperature=0.7)[0] for prompt in PROMPTS])
+        texts = [generate.text(model, prompt, LENGTH, sampling=Sampling(temperature=0.7))[0] for prompt in PROMPTS]
+        metrics.write_json(file, texts)
     return json.loads(file.read_text())
 
 

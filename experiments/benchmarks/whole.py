@@ -15,7 +15,7 @@ from experiments.benchmarks.layers import TOLERANCE, worst
 from experiments.benchmarks.timing import Program, jax_program
 from xlstm_jax import cells, models, optim, tasks, train
 from xlstm_jax.blocks import Block, MLSTMLayer
-from xlstm_jax.generate import generate
+from xlstm_jax.generate import GREEDY, generate
 from xlstm_jax.layers import GatedFeedForward, round_up
 from xlstm_jax.tasks.task import Batch
 
@@ -141,7 +141,7 @@ def prefill(case: Case, lm: nnx.Module) -> Program:
 def decode(case: Case, lm: nnx.Module) -> Program:
     """`generate` after a prompt of one token, the likeliest token each time; every step reads all parameters."""
     tokens, length = jnp.asarray(prompt(case)), case.sizes["length"]
-    run = lambda: jax.block_until_ready(generate(lm, tokens, length, jax.random.key(0), temperature=0.0))  # noqa: E731
+    run = lambda: generate(lm, tokens, length, sampling=GREEDY)  # noqa: E731
     params = nnx.state(lm)
     read = length * sum(x.nbytes for x in jax.tree.leaves(params))
     return Program(run, traffic_bytes=read, parameters=parameters(params))
