@@ -127,7 +127,8 @@ def main(argv: list[str]) -> int:
         row = run(config, options.workdir)
     except train.Diverged as error:
         return command.fail(error, 1)
-    scores = [f"{name} {value:.4f}" for name, value in row.items() if name.startswith(("valid_", "test_"))]
+    found = {name: value for name, value in row.items() if name.startswith(("valid_", "test_"))}
+    scores = [f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float)]
     done = f"already finished, nothing was trained; {result} has" if finished else "finished:"
     print(f"{row['id']}: {done} {row['steps']} steps in {row['seconds']:.0f} s; {', '.join(scores)}")
     return 0

@@ -1,10 +1,11 @@
 """Evaluation: the whole of a split, without dropout, with the state carried along where the task asks for it."""
 
 import functools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -59,11 +60,15 @@ def _batch_sums(params, arrays, carry, seed, step, *, graphdef, shell, split, ba
         "correct": jnp.sum(correct * weights),
         "weight": jnp.sum(weights),
     }
+    if hasattr(task, "bucket"):
+        member = task.bucket(batch)[:, None] == jnp.arange(len(task.buckets()))[None]
+        for name, values in (("correct", correct * weights), ("weight", weights)):
+            sums[f"{name}_by_length"] = jnp.sum(jnp.sum(values, axis=1)[:, None] * member, axis=0)
     return sums, state if task.carries_state else ()
 
 
-def evaluate_params(graphdef, params: PyTree, task, split: str, batch_size: int, seed=0) -> dict[str, float]:
-    """Metrics of the split, by `task.metrics`; sums are float32 within a batch, Python floats over batches."""
+def evaluate_params(graphdef, params: PyTree, task, split: str, batch_size: int, seed=0) -> dict[str, Any]:
+    """Metrics of the split, by `task.metrics`; sums are float32 within a batch, float64 over batches."""
     arrays, shell = split_task(task)
     carry = nnx.merge(graphdef, params).initial_state(batch_size) if task.carries_state else ()
     sums = []
@@ -85,11 +90,11 @@ def evaluate_params(graphdef, params: PyTree, task, split: str, batch_size: int,
             f"task {task.name}: the {split} split has no batch of {batch_size} rows; use a smaller batch size"
         )
     sums = jax.device_get(sums)
-    total = {name: math.fsum(float(one[name]) for one in sums) for name in sums[0]}
+    total = {name: np.sum([one[name] for one in sums], axis=0, dtype=np.float64) for name in sums[0]}
     return task.metrics(total)
 
 
-def evaluate(model: nnx.Module, task, split: str, batch_size: int, seed=0) -> dict[str, float]:
+def evaluate(model: nnx.Module, task, split: str, batch_size: int, seed=0) -> dict[str, Any]:
     """Metrics of a model on the "valid" or "test" split of a task."""
     graphdef, params = nnx.split(model)
     return evaluate_params(graphdef, params, task, split, batch_size, seed)

@@ -204,7 +204,7 @@ def fit(
                     for split in (("valid", "test") if final else ("valid",))
                 }
                 for split, found in results.items():
-                    if not all(map(math.isfinite, found.values())):  # is it the data?
+                    if not all(math.isfinite(v) for v in found.values() if isinstance(v, float)):  # is it the data?
                         for step in range(task.num_batches(split, eval_batch_size)):
                             check_data(task, split, eval_batch_size, 0, step)
                 run.write_evaluation(at, results)
@@ -335,11 +335,11 @@ class _Run:
         if self.checkpoints:
             self.checkpoints.save(step, state)
 
-    def write_evaluation(self, step: int, results: dict[str, dict[str, float]]) -> None:
+    def write_evaluation(self, step: int, results: dict[str, dict[str, Any]]) -> None:
         for split, found in results.items():
             if self._lines:
                 self._lines.write(step=step, split=split, **found)
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
             self._progress.note(f"step {step}, {split}: {shown}")
 
     def __enter__(self):

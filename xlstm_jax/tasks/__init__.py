@@ -4,22 +4,33 @@ import dataclasses
 from typing import Any
 
 from xlstm_jax.names import unknown
+from xlstm_jax.tasks import brackets, chomsky, chomsky_numbers, majority, permutations, strings
 from xlstm_jax.tasks.byte_lm import ByteLM
 from xlstm_jax.tasks.cycle_navigation import CycleNavigation
 from xlstm_jax.tasks.even_pairs import EvenPairs
 from xlstm_jax.tasks.modular_arithmetic import ModularArithmetic
 from xlstm_jax.tasks.music import Music
 from xlstm_jax.tasks.parity import Parity
+from xlstm_jax.tasks.stack_manipulation import StackManipulation
 from xlstm_jax.tasks.task import SPLITS, Batch, check
 from xlstm_jax.tasks.text_lm import TextLM
 
 __all__ = ["SPLITS", "TASKS", "Batch", "check", "make"]
 
-TASKS = {
-    "parity": Parity,
-    "even_pairs": EvenPairs,
-    "cycle_navigation": CycleNavigation,
-    "modular_arithmetic": ModularArithmetic,
+FORMAL = (  # the 15 formal languages of the xLSTM paper; those of Deletang et al.; state tracking
+    *(Parity, EvenPairs, CycleNavigation, ModularArithmetic),
+    *(brackets.ModularArithmeticBrackets, brackets.SolveEquation, StackManipulation),
+    *(strings.BucketSort, strings.MissingDuplicate, strings.OddsFirst, strings.Repetition, strings.ReverseString),
+    *(strings.Set, majority.Majority, majority.MajorityCount),
+    *(chomsky.ParityCheck, chomsky.ChomskyEvenPairs, chomsky.ChomskyCycleNavigation, chomsky.ChomskyModularArithmetic),
+    *(chomsky.ChomskyModularArithmeticBrackets, chomsky.ChomskySolveEquation, chomsky.ChomskyStackManipulation),
+    *(chomsky.ChomskyReverseString, chomsky.DuplicateString, chomsky.ChomskyOddsFirst),
+    *(chomsky.ChomskyMissingDuplicate, chomsky.ChomskyBucketSort, chomsky_numbers.BinaryAddition),
+    *(chomsky_numbers.BinaryMultiplication, chomsky_numbers.ComputeSqrt),
+    *(permutations.S3, permutations.A5, permutations.S5),
+)
+
+TASKS = {task.name: task for task in FORMAL} | {
     "byte_lm": ByteLM,
     "text_lm": TextLM,
     "music": Music,

@@ -14,6 +14,11 @@ and where inputs are no tokens or targets no classes
     num_features                       width of real inputs (B, T, F), in place of vocab_size
     scores(outputs, targets)           (loss, correct), (B, T) each, in place of cross-entropy and argmax;
                                        targets are real, (B, T, num_classes)
+
+and, where rows have lengths that a score depends on,
+
+    buckets() -> list, bucket(batch) -> (B,)             names of the parts of the lengths, and every row's part:
+                                                         the sums have "correct_by_length" and "weight_by_length" too
 """
 
 from typing import Any, NamedTuple
