@@ -47,20 +47,25 @@ def case(name):
     return rule, arrays, dict(mask=mask, reset=reset, reverse=rule is gru_rule, state_scale=scale), draw(B, T, N * F)
 
 
+def run_recurrent(rule, arrays, options, weights, form, remat=False):
+    """Outputs, last state and all gradients."""
+
+    def loss(xs, R, state, b, params):
+        ys, last = recurrent(rule, xs, R, state, b=b, params=params, form=form, remat=remat, **options)
+        return jnp.sum(ys * weights) + sum(jnp.sum(jnp.sin(leaf)) for leaf in last), (ys, last)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*arrays)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_the_kernel_equals_the_scan(x64, name, monkeypatch):
     """Outputs, last state and all gradients, with tiles smaller than the sizes: 11 steps in blocks of 8 and 4."""
     rule, arrays, options, weights = case(name)
     both = Tiles(8, 1, 8), Tiles(8, 1, 4)
     monkeypatch.setattr(pallas_plan, "tiles_within", lambda sizes, budget, backward, cores: both[backward])
-
-    def loss(xs, R, state, b, params, form, remat):
-        ys, last = recurrent(rule, xs, R, state, b=b, params=params, form=form, remat=remat, **options)
-        return jnp.sum(ys * weights) + sum(jnp.sum(jnp.sin(leaf)) for leaf in last), (ys, last)
-
-    run = jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True), static_argnums=(5, 6))
-    tolerance = 1e-10 if weights.dtype == jnp.float64 else 1e-5
-    close(run(*arrays, "pallas_interpret", rule is gru_rule), run(*arrays, "scan", False), tolerance)
+    got = run_recurrent(rule, arrays, options, weights, "pallas_interpret", rule is gru_rule)
+    want = run_recurrent(rule, arrays, options, weights, "scan")
+    close(got, want, 1e-10 if weights.dtype == jnp.float64 else 1e-5)
 
 
 def test_a_cell_on_a_simulated_tpu():
@@ -162,7 +167,9 @@ def test_a_rule_that_mixes_features_is_refused():
 
 @pytest.mark.parametrize("cell, runs", [(cells.LSTM, "fused"), (cells.MLSTM, "chunkwise")])
 def test_a_tpu_is_needed(cell, runs):
-    with pytest.raises(ValueError, match=f"form='pallas' needs a TPU, and this program is for a cpu; form='{runs}' ru"):
+    with pytest.raises(
+        ValueError, match=f"form='pallas' needs a TPU or a GPU, and this program is for a cpu; form='{runs}' ru"
+    ):
         cell(3, 4, form="pallas", rngs=nnx.Rngs(0))(XS)
 
 
@@ -191,7 +198,7 @@ def test_auto_is_fused_on_a_cpu_and_a_model_says_so():
     tokens = jnp.zeros((2, 6), int)
     chosen = chosen_forms(make("auto"), tokens)
     assert [(choice.form, choice.reason) for choice in chosen] == [
-        ("fused", "the kernel is for TPUs, and this program is for a cpu")
+        ("fused", "the kernels are for TPUs and GPUs, and this program is for a cpu")
     ] * len(chosen)
     assert chosen
     assert np.array_equal(make("auto")(tokens)[0], make("fused")(tokens)[0])

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from ..initializers import Chrono, Initializer, initializer, per_gate
 from ..kernels.choice import CHOSEN_FORMS
+from ..kernels.memory import check_budget
 from ..kernels.recurrent import Dense, recurrent
 from ..names import unknown
 from ..regularizers import Zoneout, check_rates, dropout, locked_dropout, locked_scale, split
@@ -101,10 +102,12 @@ class RecurrentCell(Cell):
         form: str = "fused",
         chunk_size: int = 64,
         remat: bool = False,
+        memory_budget: int | float | str | None = None,
         rngs: nnx.Rngs,
     ):
         """in_features None: the inputs are gates (B, T, G, D), and there is no W.
 
+        memory_budget: bytes, or "auto", that forward and backward may set aside; it chooses chunk length and remat.
         dtype: of the products (default: the inputs'); the state and the rule stay in float32 or wider.
         forget_bias: of the gate that keeps the state, a number or an initialiser, or None for the cell's own; with
         "chrono(T)" the input gate has the negative.
@@ -127,6 +130,8 @@ class RecurrentCell(Cell):
         self.in_features, self.features, self.hidden, self.num_heads = in_features, features, hidden, num_heads
         self.dtype, self.param_dtype = dtype, param_dtype
         self.form, self.chunk_size, self.remat = form, chunk_size, remat
+        check_budget(memory_budget)
+        self.memory_budget = memory_budget
         self.input_dropout, self.state_dropout, self.output_dropout = input_dropout, state_dropout, output_dropout
         self.weight_drop, self.zoneout = weight_drop, self.check_zoneout(zoneout)
         key = rngs.params()
@@ -240,6 +245,7 @@ class RecurrentCell(Cell):
             form=self.form,
             chunk_size=self.chunk_size,
             remat=self.remat,
+            memory_budget=self.memory_budget,
             mask=mask,
             reset=reset,
             state_scale=locked_scale(state.h.shape, self.state_dropout, keys[3], state.h.dtype),

@@ -26,6 +26,7 @@ from flax import nnx
 from jax.nn import sigmoid
 from jaxtyping import Array, Float
 
+from ..kernels.choice import CHOSEN_FORMS
 from ..kernels.recurrent import stack, unstack
 from .base import RecurrentCell
 
@@ -54,6 +55,12 @@ class LSTMRule:
     gate_clip: float | None = None
     cell_clip: float | None = None
     projected: bool = False
+
+    @property
+    def cudnn_gates(self) -> tuple[int, ...] | None:
+        """Where i, f, z and o are, if the options leave the LSTM that cuDNN has."""
+        plain = LSTMRule(self.gates) == self and sorted(self.gates) == ["f", "i", "o", "z"]
+        return tuple(map(self.gates.index, "ifzo")) if plain else None
 
     def __call__(self, x, r, state, params):
         c, m, _ = self.memory(x, r, state, params)
@@ -131,6 +138,7 @@ class LSTM(RecurrentCell):
     """
 
     State, zoneout_fields, default_forget_bias = LSTMState, ("c", "h"), 1.0
+    chosen_forms = (*CHOSEN_FORMS, "cudnn")
 
     def __init__(
         self,

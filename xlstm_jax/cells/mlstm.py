@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Key
 from ..initializers import Initializer, initializer
 from ..kernels import mlstm as kernel
 from ..kernels.choice import CHOSEN_FORMS
+from ..kernels.memory import check_budget
 from ..kernels.mlstm import MLSTMState
 from .arguments import check_inputs
 from .base import Cell, compute_dtype, linear
@@ -41,8 +42,11 @@ class MLSTM(Cell):
         param_dtype: DTypeLike = jnp.float32,
         form: str = "chunkwise",
         chunk_size: int = 64,
+        memory_budget: int | float | str | None = None,
         rngs: nnx.Rngs,
     ):
+        check_budget(memory_budget)
+        self.memory_budget = memory_budget
         qk_features = qk_features or features
         kernel.check_gate(input_gate, normalize)
         if features % num_heads or qk_features % num_heads:
@@ -91,6 +95,7 @@ class MLSTM(Cell):
             chunk_size=self.chunk_size,
             input_gate=self.input_gate,
             normalize=self.normalize,
+            memory_budget=self.memory_budget,
             mask=mask,
             reset=reset,
         )

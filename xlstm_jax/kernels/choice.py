@@ -48,19 +48,21 @@ def target() -> Target:
 
 
 def choose(form: str, target: Target, plan: Callable[[Target], Any], otherwise: str = "fused") -> Choice:
-    """The form itself, or for "auto" the kernel where it can run and else `otherwise`.
+    """The form itself, or for "auto" the TPU's kernel where it can run and else `otherwise`.
 
-    plan(target): the kernel's plan, or a line that says why there is none; it is not asked where there is no TPU.
+    plan(target): the kernel's plan, or a line that says why there is none; it is not asked where there is no kernel.
     """
     if form not in CHOSEN_FORMS:
         return Choice(form, "as asked")
-    if form == "pallas" and target.platform != "tpu":
+    if form == "pallas" and target.platform not in ("tpu", "gpu"):
         raise ValueError(
-            f"form='pallas' needs a TPU, and this program is for a {target.platform}; "
+            f"form='pallas' needs a TPU or a GPU, and this program is for a {target.platform}; "
             f"form={otherwise!r} runs on any device"
         )
+    if form == "auto" and target.platform == "gpu":
+        return Choice(otherwise, "no committed measurement shows the kernel to be faster on a GPU")
     if form == "auto" and target.platform != "tpu":
-        return Choice(otherwise, f"the kernel is for TPUs, and this program is for a {target.platform}")
+        return Choice(otherwise, f"the kernels are for TPUs and GPUs, and this program is for a {target.platform}")
     if form == "auto" and target.devices > 1:
         return Choice(
             otherwise, f"the kernel is for one device and the program for {target.devices}, with no shard_map"

@@ -10,8 +10,8 @@ with log f = log sigmoid(f~) and log i = i~ (`input_gate="exp"`), or log i = log
     "recurrent"  one step after another, linear in T
     "parallel"   all pairs of steps at once, quadratic in T
     "chunkwise"  parallel inside chunks of `chunk_size` steps, recurrent between them; gradients recompute a chunk
-    "pallas"     the same as one TPU kernel forward and one backward (`pallas_mlstm.py`); "pallas_interpret": the same
-                 kernel interpreted, on any device, for tests
+    "pallas"     the same as one kernel forward and one backward, for a TPU (`pallas_mlstm.py`) or a GPU
+                 (`pallas_mlstm_gpu.py`); "pallas_interpret": the same kernel interpreted, on any device, for tests
     "auto"       "pallas" where the program is for one TPU and the kernel serves it, else "chunkwise" (`choice.py`)
 
 Gradients are exact, through the normaliser, the floor exp(-m) and the carried state.
@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..names import unknown
 from .choice import CHOSEN_FORMS, choose, record, target
+from .memory import Bytes, check_budget, fitting, size
 from .recurrent import select
 
 
@@ -67,19 +68,22 @@ def mlstm(
     input_gate: str = "exp",
     normalize: bool = True,
     eps: float = 1e-6,
+    memory_budget: int | float | str | None = None,
     reset: Bool[Array, "B T"] | None = None,
     mask: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
     """Reads and writes the matrix memory along T; i and f are the gates' pre-activations.
 
     `normalize=False` (sigmoid gate only) returns C^T q as it is and leaves n alone. A step with mask False copies
-    the state through and outputs zeros; one with reset True starts from the empty memory, exactly.
+    the state through and outputs zeros; one with reset True starts from the empty memory, exactly. `memory_budget`, in
+    bytes or "auto", lets the chunkwise form take the chunk length nearest to `chunk_size` that fits (`memory.py`).
     """
     if form not in FORMS and form not in CHOSEN_FORMS:
         raise ValueError(unknown("form of mlstm", form, (*FORMS, *CHOSEN_FORMS)))
     check_gate(input_gate, normalize)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    check_budget(memory_budget)
     B, T, H, K = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)  # of the gates and all sums, and of the state unless it is given
     if state is None:
@@ -92,11 +96,16 @@ def mlstm(
     inputs = Inputs(*(jnp.moveaxis(a, 1, 2) for a in (q * K**-0.5, k, v, log_i, log_f)), reset)
     options = dict(stabilise=input_gate == "exp", normalize=normalize, eps=eps)
     state = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, dtype)), state)
-    choice = record(choose(form, target(), partial(_plan, form, inputs, state, chunk_size, options), "chunkwise"))
+    choice = choose(form, target(), partial(_plan, form, inputs, state, chunk_size, options), "chunkwise")
+    if memory_budget is not None and choice.form == "chunkwise":
+        fit = fitting(T, chunk_size, memory_budget, [(False, chunkwise_bytes(inputs, state))])
+        chunk_size = fit.L
+        choice = choice._replace(reason=f"{choice.reason}; chunks of {fit.L}: {fit.bytes} bytes")
+    elif memory_budget is not None and form != "auto":
+        raise ValueError(f"memory_budget is for form='chunkwise', which chooses by it, and not for form={form!r}")
+    record(choice)
     if choice.form == "pallas":
-        from .pallas_mlstm import run
-
-        h, state = run(choice.plan, inputs, state)
+        h, state = _kernel().run(choice.plan, inputs, state)
     else:
         h, state = FORMS[choice.form](inputs, state, chunk_size, options)
     state = jax.tree.map(lambda a, old: a.astype(old.dtype), state, kept)
@@ -112,11 +121,17 @@ def check_gate(input_gate: str, normalize: bool) -> None:
         raise ValueError("normalize=False needs input_gate='sigmoid': an exponential gate has to be normalised")
 
 
-def _plan(form, inputs, state, chunk_size, options, target):
-    """The kernel's plan for the target; imported here because Pallas is slow to load, and needed on a TPU only."""
-    from .pallas_mlstm import plan_for
+def _kernel():
+    """The module of the target's kernels; imported here because Pallas is slow to load, and not needed on a CPU."""
+    from . import pallas_mlstm, pallas_mlstm_gpu
 
-    return plan_for(inputs, state, chunk_size, options, vmem=target.vmem, interpret=form == "pallas_interpret")
+    return pallas_mlstm_gpu if target().platform == "gpu" else pallas_mlstm
+
+
+def _plan(form, inputs, state, chunk_size, options, target):
+    """The kernel's plan for the target."""
+    memory = {} if target.platform == "gpu" else {"vmem": target.vmem}
+    return _kernel().plan_for(inputs, state, chunk_size, options, interpret=form == "pallas_interpret", **memory)
 
 
 def _normalised(num: Array, den: Array, m: Array, normalize: bool, eps: float) -> Array:
@@ -210,6 +225,14 @@ def _chunkwise(inputs, state, chunk_size, options):
         state, h = chunk(state, tail)
         pieces.append(h)
     return jnp.concatenate(pieces, axis=2), state
+
+
+def chunkwise_bytes(inputs: Inputs, state: MLSTMState) -> Bytes:
+    """What the chunkwise form sets aside: inputs and outputs as chunks, a memory a chunk, a few matrices of pairs."""
+    B, H, T, V = inputs.v.shape
+    step, wide = size(inputs) // T, state.m.dtype.itemsize
+    outputs = B * H * V * wide
+    return Bytes(step + 2 * outputs, size(state), 2 * (step + outputs), 4 * B * H * wide)
 
 
 def _time_axis(a: Array) -> int:

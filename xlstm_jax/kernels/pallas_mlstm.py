@@ -5,6 +5,7 @@ before each chunk is kept, and the backward kernel is `jax.vjp` of `chunk`, so i
 floor and the carried memory. All products and sums are in the state's dtype.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,8 +59,13 @@ def plan_for(
     return Plan(L, inputs.reset is not None, **options, vmem=needed, budget=budget, interpret=interpret)
 
 
-def run(plan: Plan, inputs: Inputs, state: MLSTMState) -> tuple[Float[Array, "B H T V"], MLSTMState]:
-    """Outputs and the last state, as the other forms; the last chunk is filled with steps that write nothing."""
+def run(
+    plan: Plan, inputs: Inputs, state: MLSTMState, kernels: tuple[Callable, Callable] | None = None
+) -> tuple[Float[Array, "B H T V"], MLSTMState]:
+    """Outputs and the last state, as the other forms; the last chunk is filled with steps that write nothing.
+
+    kernels: like `forward` and `backward`, which are those for TPUs.
+    """
     B, H, T, _ = inputs.q.shape
     missing = -T % plan.L
 
@@ -76,7 +82,7 @@ def run(plan: Plan, inputs: Inputs, state: MLSTMState) -> tuple[Float[Array, "B 
         segment = jnp.broadcast_to(segment, (B, H, *segment.shape[2:])).reshape(B * H, -1, 1, plan.L)
     C, n, m = state
     flat = MLSTMState(C.reshape(B * H, *C.shape[2:]), n.reshape(B * H, 1, -1), m.reshape(B * H, 1, 1))
-    h, last = _mlstm(plan, (*matrices, *gates), segment, flat)
+    h, last = _mlstm(kernels or (forward, backward), plan, (*matrices, *gates), segment, flat)
     last = jax.tree.map(lambda a, like: a.reshape(like.shape), last, state)
     return h.reshape(B, H, -1, h.shape[-1])[:, :, :T], last
 
@@ -113,7 +119,7 @@ def chunk(plan: Plan, state: MLSTMState, q: Array, k: Array, v: Array, log_i: Ar
     if plan.normalize:
         den = old * jnp.sum(q * n, axis=1, keepdims=True) + jnp.sum(P, axis=1, keepdims=True)
         h = h / denominator(den, m_all, plan.eps)
-    is_last = t[:, :1] == plan.L - 1
+    is_last = jax.lax.broadcasted_iota(jnp.int32, (plan.L, 1), 0) == plan.L - 1
     old, m = (jnp.sum(jnp.where(is_last, a, 0), axis=0, keepdims=True) for a in (old, m_all))
     written = column(jnp.sum(jnp.where(t == plan.L - 1, weight, 0), axis=0, keepdims=True)) * k
     C = old * C + product(written, v, (0, 0))
@@ -122,16 +128,24 @@ def chunk(plan: Plan, state: MLSTMState, q: Array, k: Array, v: Array, log_i: Ar
     return MLSTMState(C, n, m), h
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlstm(plan, steps, segment, state):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mlstm(kernels, plan, steps, segment, state):
     """steps: q, k, v (BH, N, L, .), log_i, log_f (BH, N, 1, L) of N chunks; the state's leaves are matrices."""
-    h, last, _ = _forward(plan, steps, segment, state, keep=False)
+    h, last, _ = kernels[0](plan, steps, segment, state, keep=False)
     return h, last
 
 
-def _mlstm_forward(plan, steps, segment, state):
-    h, last, kept = _forward(plan, steps, segment, state, keep=True)
+def _mlstm_forward(kernels, plan, steps, segment, state):
+    h, last, kept = kernels[0](plan, steps, segment, state, keep=True)
     return (h, last), (steps, segment, kept)
+
+
+def _mlstm_backward(kernels, plan, residuals, cotangents):
+    d_steps, d_state = kernels[1](plan, *residuals, *cotangents)
+    return d_steps, None, d_state
+
+
+_mlstm.defvjp(_mlstm_forward, _mlstm_backward)
 
 
 def _block(a, chunks, backwards):
@@ -172,7 +186,8 @@ def _shapes(arrays):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
 
 
-def _forward(plan, steps, segment, state, keep):
+def forward(plan, steps, segment, state, keep):
+    """Outputs, the last memory and, if asked for, the memory before each chunk."""
     BH, N = steps[0].shape[:2]
 
     def kernel(steps, segment, start, h, state, kept):
@@ -193,9 +208,8 @@ def _forward(plan, steps, segment, state, keep):
     return _call(kernel, plan, (BH, N), in_specs, out_specs, (h, _shapes(state), kept))(steps, segment, state)
 
 
-def _mlstm_backward(plan, residuals, cotangents):
-    steps, segment, kept = residuals
-    d_h, d_last = cotangents
+def backward(plan, steps, segment, kept, d_h, d_last):
+    """The gradients of the steps and of the first memory."""
     BH, N = steps[0].shape[:2]
 
     def kernel(steps, segment, kept, d_h, d_last, d_steps, d_state):
@@ -212,8 +226,4 @@ def _mlstm_backward(plan, residuals, cotangents):
     in_specs = (*jax.tree.map(block, (steps, segment, kept, d_h)), jax.tree.map(_head, d_last))
     out_specs = jax.tree.map(block, steps), jax.tree.map(_head, d_last)
     run_kernel = _call(kernel, plan, (BH, N), in_specs, out_specs, (_shapes(steps), _shapes(d_last)))
-    d_steps, d_state = run_kernel(steps, segment, kept, d_h, d_last)
-    return d_steps, None, d_state
-
-
-_mlstm.defvjp(_mlstm_forward, _mlstm_backward)
+    return run_kernel(steps, segment, kept, d_h, d_last)

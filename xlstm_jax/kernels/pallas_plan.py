@@ -1,4 +1,4 @@
-"""Sizes, tiles and VMEM of the recurrent TPU kernel, from shapes alone, and why a rule has none."""
+"""Sizes of the recurrent kernels, tiles and VMEM of the TPU's, from shapes alone, and why a rule has none."""
 
 from typing import Any, NamedTuple
 
@@ -128,9 +128,9 @@ def vmem_budget(capacity: int) -> int:
     return capacity - capacity // 8
 
 
-def merged_heads(N: int, width: int) -> int:
-    """How many narrow heads are one dense block: as many as fit into a block of 128 lanes."""
-    return max(n for n in range(1, N + 1) if N % n == 0 and (n == 1 or n * width <= LANES))
+def merged_heads(N: int, width: int, lanes: int) -> int:
+    """How many narrow heads are one dense block: as many as fit into a block of so many lanes."""
+    return max(n for n in range(1, N + 1) if N % n == 0 and (n == 1 or n * width <= lanes))
 
 
 def plan_for(
@@ -145,7 +145,22 @@ def plan_for(
     cores: int = 1,
     interpret: bool = False,
 ) -> Plan | str:
-    """The kernels' plan, from shapes alone, or why these arguments have none."""
+    """The TPU kernels' plan, from shapes alone, or why these arguments have none."""
+    sizes = sizes_for(spec, xs, weights, state, given, scale, LANES, interpret)
+    return sizes if isinstance(sizes, str) else plan(sizes, vmem_budget(vmem), cores, interpret)
+
+
+def sizes_for(
+    spec: Spec,
+    xs: Array,
+    weights: Weights,
+    state: Any,
+    given: Given,
+    scale: Array | None,
+    lanes: int,
+    interpret: bool = False,
+) -> Sizes | str:
+    """The sizes with heads merged up to so many lanes, or why no kernel serves these arguments."""
     name = getattr(spec.rule, "__name__", type(spec.rule).__name__)
     if not isinstance(spec.maps, Dense):
         return f"the linear maps of {name} are {type(spec.maps).__name__}, and the kernel has Dense ones only"
@@ -163,13 +178,12 @@ def plan_for(
     same = equal_gradients(spec, G, K, state, weights.params)
     if same is None:
         return f"{name} is not elementwise in the features"
-    merged = merged_heads(N, F)
-    sizes = Sizes(
+    merged = merged_heads(N, F, lanes)
+    return Sizes(
         *(*xs.shape[:2], N // merged, merged * F, G, K, len(leaves), len(params)),
         *(given.mask is not None or given.reset is not None, scale is not None, same),
         *(spec.dtype.itemsize, state.h.dtype.itemsize),
     )
-    return plan(sizes, vmem_budget(vmem), cores, interpret)
 
 
 def equal_gradients(spec: Spec, G: int, K: int, state: Any, params: Any) -> bool | None:

@@ -8,6 +8,7 @@ product each outside. Served is a rule that is elementwise in the features, with
 noise, and finite on zeros, for features are padded to whole lanes (a head of 128) and rows to whole sublanes.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -63,15 +64,25 @@ def padded(a: Array, size: int, axis: int) -> Array:
 
 
 def run(
-    plan: Plan, spec: Spec, xs: Array, weights: Weights, state: Any, given: Given, scale: Array | None
+    plan: Any,
+    spec: Spec,
+    xs: Array,
+    weights: Weights,
+    state: Any,
+    given: Given,
+    scale: Array | None,
+    kernels: tuple[Callable, Callable] | None = None,
 ) -> tuple[Array, Any]:
-    """Outputs (T, B, D) and the last state, as the other forms; all but the recurrence itself is plain JAX."""
+    """Outputs (T, B, D) and the last state, as the other forms; all but the recurrence itself is plain JAX.
+
+    kernels: like `forward` and `backward`, which are those for TPUs.
+    """
     s = plan.sizes
 
     def rows(a, axis=0):
         return padded(a, s.rows, axis)
 
-    def forward(xs, weights, state):
+    def whole(xs, weights, state):
         if weights.W is None:
             projection = weights._replace(b=None if weights.b is None else pack_gates(weights.b, s))
             x = project(spec, rows(pack_gates(xs, s)), projection, state.h.dtype)
@@ -80,12 +91,12 @@ def run(
             x = project(spec, rows(xs), weights._replace(W=packed[0], b=packed[1]), state.h.dtype)
         start, params = jax.tree.map(lambda a: pack(a, s), (jax.tree.map(rows, state), weights.params))
         ys, last = _recurrence(
-            *(spec, plan, x[:, :, 0], pack_matrix(weights.R, s), start, params),
+            *(kernels or (forward, backward), spec, plan, x[:, :, 0], pack_matrix(weights.R, s), start, params),
             *(packed_flags(given, s), None if scale is None else pack(rows(scale.astype(state.h.dtype)), s)),
         )
         return unpack(ys[:, : s.B], s), jax.tree.map(lambda a: unpack(a[: s.B], s), last)
 
-    return (jax.checkpoint(forward) if spec.remat else forward)(xs, weights, state)
+    return (jax.checkpoint(whole) if spec.remat else whole)(xs, weights, state)
 
 
 def packed_flags(given: Given, sizes: Sizes) -> Array | None:
@@ -97,15 +108,15 @@ def packed_flags(given: Given, sizes: Sizes) -> Array | None:
     return padded(skip + empty, sizes.rows, axis=1).astype(jnp.int32)[..., None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _recurrence(spec, plan, x, R, state, params, flags, scale):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _recurrence(kernels, spec, plan, x, R, state, params, flags, scale):
     """x (T, rows, heads * G * lanes), R (heads, lanes, K * lanes), leaves of the state (rows, heads * lanes)."""
-    ys, last, _ = _forward(spec, plan, x, R, state, params, flags, scale, keep=False)
+    ys, last, _ = kernels[0](spec, plan, x, R, state, params, flags, scale, keep=False)
     return ys, last
 
 
-def _recurrence_forward(spec, plan, x, R, state, params, flags, scale):
-    ys, last, kept = _forward(spec, plan, x, R, state, params, flags, scale, keep=True)
+def _recurrence_forward(kernels, spec, plan, x, R, state, params, flags, scale):
+    ys, last, kept = kernels[0](spec, plan, x, R, state, params, flags, scale, keep=True)
     return (ys, last), (x, R, params, flags, scale, kept)
 
 
@@ -168,17 +179,17 @@ def _steps(sizes, tiles, backwards, step):
     jax.lax.fori_loop(0, count, body, None)
 
 
-def _lanes(sizes, head, gates=1, gate=0):
+def lanes_of(sizes, head, gates=1, gate=0):
     """Where a gate of a head stands among all gates of a tile's heads."""
     return pl.ds((head * gates + gate) * sizes.lanes, sizes.lanes)
 
 
-def _gates(sizes, ref, t, head, gates):
+def step_gates(sizes, ref, t, head, gates):
     """A step's gates of one head."""
-    return tuple(ref[t, :, _lanes(sizes, head, gates, gate)] for gate in range(gates))
+    return tuple(ref[t, :, lanes_of(sizes, head, gates, gate)] for gate in range(gates))
 
 
-def _flags_at(flags, t, like):
+def step_flags(flags, t, like):
     """Mask and reset of a step, one flag a feature."""
     if flags is None:
         return Given(None, None, ())
@@ -186,23 +197,23 @@ def _flags_at(flags, t, like):
     return Given(value % 2 == 0, value >= 2, ())
 
 
-def _load(refs, *place):
+def read(refs, *place):
     """Reads each leaf."""
     return jax.tree.map(lambda ref: ref[place], refs)
 
 
-def _like(tree, value):
+def of_each(tree, value):
     """The same value for each leaf."""
     return jax.tree.map(lambda _: value, tree)
 
 
-def _store(refs, values, *place):
+def write(refs, values, *place):
     """Writes each leaf."""
     for ref, value in zip(jax.tree.leaves(refs), jax.tree.leaves(values)):
         ref[place] = value
 
 
-def _forward(spec, plan, x, R, state, params, flags, scale, keep):
+def forward(spec, plan, x, R, state, params, flags, scale, keep):
     """Outputs, the last state and, if asked for, the state before each step."""
     s, tiles, everything = plan.sizes, plan.forward, slice(None)
     specs = Specs(plan, tiles, spec.reverse)
@@ -210,98 +221,42 @@ def _forward(spec, plan, x, R, state, params, flags, scale, keep):
     def kernel(x, R, start, params, flags, scale, ys, state, kept):
         @pl.when(pl.program_id(2) == 0)
         def _():
-            _store(state, _load(start, ...), ...)
+            write(state, read(start, ...), ...)
 
         def step(t):
             for head in range(tiles.heads):
-                lanes = _lanes(s, head)
-                before, own = _load((state, params), everything, lanes)
-                given = _flags_at(flags, t, before.h)
+                lanes = lanes_of(s, head)
+                before, own = read((state, params), everything, lanes)
+                given = step_flags(flags, t, before.h)
                 before = emptied(given.reset, before)
                 h = scaled(before.h, None if scale is None else scale[:, lanes])
                 r = matrix_product(h.astype(R.dtype), R[head], (1, 0), h.dtype)
                 r = tuple(jnp.split(r, s.K, axis=1))
-                after, y = masked_rule(spec, _gates(s, x, t, head, s.G), r, before, own, given)
+                after, y = masked_rule(spec, step_gates(s, x, t, head, s.G), r, before, own, given)
                 ys[t, :, lanes] = y
-                _store(state, after, everything, lanes)
-                _store(kept, before, t, everything, lanes)
+                write(state, after, everything, lanes)
+                write(kept, before, t, everything, lanes)
 
         _steps(s, tiles, spec.reverse, step)
 
-    row, feature = _like(state, specs.row), _like(state, specs.feature)
+    row, feature = of_each(state, specs.row), of_each(state, specs.feature)
     steps = jax.ShapeDtypeStruct((s.T, *state.h.shape), state.h.dtype)
     return _call(
         *(kernel, plan, tiles),
         (
-            *(specs.x, specs.R(s.lanes, s.K * s.lanes), row, _like(params, specs.param)),
+            *(specs.x, specs.R(s.lanes, s.K * s.lanes), row, of_each(params, specs.param)),
             *(None if flags is None else specs.flags, None if scale is None else specs.row),
         ),
         (specs.feature, row, feature if keep else None),
-        (steps, state, _like(state, steps) if keep else None),
+        (steps, state, of_each(state, steps) if keep else None),
     )(x, R.astype(spec.dtype), state, params, flags, scale)
 
 
-def _recurrence_backward(spec, plan, residuals, cotangents):
+def _recurrence_backward(kernels, spec, plan, residuals, cotangents):
+    """The gradients: of x, the state and the parameters by the kernel, of R by one product."""
     x, R, params, flags, scale, kept = residuals
-    d_ys, d_last = cotangents
-    s, tiles, everything = plan.sizes, plan.backward, slice(None)
-    specs = Specs(plan, tiles, not spec.reverse)
-
-    def kernel(x, R, kept, params, flags, scale, d_ys, d_last, dx, dr, d_state, d_params, r):
-        @pl.when(pl.program_id(2) == 0)
-        def _():
-            _store(d_state, _load(d_last, ...), ...)
-            _store(d_params, jax.tree.map(jnp.zeros_like, _load(d_params, ...)), ...)
-
-        def own_scale(lanes):
-            return None if scale is None else scale[:, lanes]
-
-        def recompute(n, _):
-            steps = pl.ds(n * tiles.steps_at_once, tiles.steps_at_once)
-            for head in range(tiles.heads):
-                h = scaled(kept.h[steps, :, _lanes(s, head)], own_scale(_lanes(s, head)))
-                shares = matrix_product(h.reshape(-1, s.lanes).astype(R.dtype), R[head], (1, 1), h.dtype)
-                gates = pl.ds(head * s.K * s.lanes, s.K * s.lanes)
-                r[steps, :, gates] = shares.reshape(*h.shape[:2], -1)
-
-        jax.lax.fori_loop(0, tiles.steps // tiles.steps_at_once, recompute, None)
-
-        def step(t):
-            for head in range(tiles.heads):
-                lanes = _lanes(s, head)
-                before = _load(kept, t, everything, lanes)
-                d_after, own, sums = _load((d_state, params, d_params), everything, lanes)
-                own = jax.tree.map(partial(jnp.broadcast_to, shape=before.h.shape), own)
-                given = _flags_at(flags, t, before.h)
-                shares = _gates(s, x, t, head, s.G), _gates(s, r, t, head, s.K)
-                pull = jax.vjp(partial(masked_rule, spec, given=given), *shares, before, own)[1]
-                d_x, d_r, d_before, d_own = pull((d_after, d_ys[t, :, lanes]))
-                for gate in range(s.G):
-                    dx[t, :, _lanes(s, head, s.G, gate)] = d_x[gate]
-                for gate in range(0 if s.same else s.K):
-                    dr[t, :, _lanes(s, head, s.K, gate)] = d_r[gate]
-                d_r = jnp.concatenate(d_r, axis=1).astype(R.dtype)
-                d_h = scaled(matrix_product(d_r, R[head], (1, 0), before.h.dtype), own_scale(lanes))
-                d_before = emptied(given.reset, d_before._replace(h=d_before.h + d_h))
-                _store(d_state, d_before, everything, lanes)
-                _store(d_params, jax.tree.map(jnp.add, sums, d_own), everything, lanes)
-
-        _steps(s, tiles, not spec.reverse, step)
-
-    row, feature = _like(kept, specs.row), _like(kept, specs.feature)
-    shape = partial(jax.ShapeDtypeStruct, dtype=x.dtype)
-    sums = _like(params, shape(d_last.h.shape))
-    dx, dr, d_state, d_params = _call(
-        *(kernel, plan, tiles),
-        (
-            *(specs.x, specs.R(s.K * s.lanes, s.lanes), feature, _like(params, specs.param)),
-            *(None if flags is None else specs.flags, None if scale is None else specs.row),
-            *(specs.feature, row),
-        ),
-        (specs.x, None if s.same else specs.r, row, _like(params, specs.row)),
-        (shape(x.shape), None if s.same else shape((*x.shape[:2], s.heads * s.K * s.lanes)), d_last, sums),
-        scratch=[pltpu.VMEM((tiles.steps, tiles.rows, tiles.heads * s.K * s.lanes), x.dtype)],
-    )(x, jnp.swapaxes(R.astype(spec.dtype), 1, 2), kept, params, flags, scale, d_ys, d_last)
+    s = plan.sizes
+    dx, dr, d_state, d_params = kernels[1](spec, plan, x, R, kept, params, flags, scale, *cotangents)
     h, dr = scaled(kept.h, scale), dx if dr is None else dr
     h, dr = (a.astype(spec.dtype).reshape(s.T, s.rows, s.heads, -1) for a in (h, dr))
     d_R = jnp.einsum("tbhe,tbhf->hef", h, dr, preferred_element_type=jnp.promote_types(R.dtype, jnp.float32))
@@ -310,3 +265,65 @@ def _recurrence_backward(spec, plan, residuals, cotangents):
 
 
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+
+def backward(spec, plan, x, R, kept, params, flags, scale, d_ys, d_last):
+    """The gradients of x, of the recurrent shares (None if they are the same), of the state and, a row, the params."""
+    s, tiles, everything = plan.sizes, plan.backward, slice(None)
+    specs = Specs(plan, tiles, not spec.reverse)
+
+    def kernel(x, R, kept, params, flags, scale, d_ys, d_last, dx, dr, d_state, d_params, r):
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            write(d_state, read(d_last, ...), ...)
+            write(d_params, jax.tree.map(jnp.zeros_like, read(d_params, ...)), ...)
+
+        def own_scale(lanes):
+            return None if scale is None else scale[:, lanes]
+
+        def recompute(n, _):
+            steps = pl.ds(n * tiles.steps_at_once, tiles.steps_at_once)
+            for head in range(tiles.heads):
+                h = scaled(kept.h[steps, :, lanes_of(s, head)], own_scale(lanes_of(s, head)))
+                shares = matrix_product(h.reshape(-1, s.lanes).astype(R.dtype), R[head], (1, 1), h.dtype)
+                gates = pl.ds(head * s.K * s.lanes, s.K * s.lanes)
+                r[steps, :, gates] = shares.reshape(*h.shape[:2], -1)
+
+        jax.lax.fori_loop(0, tiles.steps // tiles.steps_at_once, recompute, None)
+
+        def step(t):
+            for head in range(tiles.heads):
+                lanes = lanes_of(s, head)
+                before = read(kept, t, everything, lanes)
+                d_after, own, sums = read((d_state, params, d_params), everything, lanes)
+                own = jax.tree.map(partial(jnp.broadcast_to, shape=before.h.shape), own)
+                given = step_flags(flags, t, before.h)
+                shares = step_gates(s, x, t, head, s.G), step_gates(s, r, t, head, s.K)
+                pull = jax.vjp(partial(masked_rule, spec, given=given), *shares, before, own)[1]
+                d_x, d_r, d_before, d_own = pull((d_after, d_ys[t, :, lanes]))
+                for gate in range(s.G):
+                    dx[t, :, lanes_of(s, head, s.G, gate)] = d_x[gate]
+                for gate in range(0 if s.same else s.K):
+                    dr[t, :, lanes_of(s, head, s.K, gate)] = d_r[gate]
+                d_r = jnp.concatenate(d_r, axis=1).astype(R.dtype)
+                d_h = scaled(matrix_product(d_r, R[head], (1, 0), before.h.dtype), own_scale(lanes))
+                d_before = emptied(given.reset, d_before._replace(h=d_before.h + d_h))
+                write(d_state, d_before, everything, lanes)
+                write(d_params, jax.tree.map(jnp.add, sums, d_own), everything, lanes)
+
+        _steps(s, tiles, not spec.reverse, step)
+
+    row, feature = of_each(kept, specs.row), of_each(kept, specs.feature)
+    shape = partial(jax.ShapeDtypeStruct, dtype=x.dtype)
+    sums = of_each(params, shape(d_last.h.shape))
+    return _call(
+        *(kernel, plan, tiles),
+        (
+            *(specs.x, specs.R(s.K * s.lanes, s.lanes), feature, of_each(params, specs.param)),
+            *(None if flags is None else specs.flags, None if scale is None else specs.row),
+            *(specs.feature, row),
+        ),
+        (specs.x, None if s.same else specs.r, row, of_each(params, specs.row)),
+        (shape(x.shape), None if s.same else shape((*x.shape[:2], s.heads * s.K * s.lanes)), d_last, sums),
+        scratch=[pltpu.VMEM((tiles.steps, tiles.rows, tiles.heads * s.K * s.lanes), x.dtype)],
+    )(x, jnp.swapaxes(R.astype(spec.dtype), 1, 2), kept, params, flags, scale, d_ys, d_last)

@@ -15,9 +15,11 @@ method `inner(x, r, state, params)`: its value times S is appended to r. The lin
              the rule is linearised for all steps of a chunk at once, the reverse loop holds only that linear map and
              the recurrent products, and the gradients of R, S, W and b are one product each a chunk. `remat=True` keeps
              one state a chunk and computes the others again. Its gradient is exact; it has no forward-mode derivative.
-    "pallas" one TPU kernel forward and one backward (`pallas_recurrent.py`), of rules that are elementwise in the
-             features, with Dense maps and without `inner` and noise, where R fits into the chip's VMEM.
-             "pallas_interpret" is the same kernel interpreted, slowly and on any device, for tests
+             `memory_budget` chooses chunk length and remat (`memory.py`)
+    "pallas" one kernel forward and one backward, for TPUs (`pallas_recurrent.py`) or GPUs (`pallas_recurrent_gpu.py`),
+             of rules that are elementwise in the features, with Dense maps and without `inner` and noise, where R fits
+             onto the chip. "pallas_interpret" is the same kernel interpreted, slowly and on any device, for tests
+    "cudnn"  cuDNN's LSTM (`cudnn.py`): the plain one in float32, on an NVIDIA GPU
     "auto"   "pallas" where the program is for one TPU and the kernel serves it, else "fused" (`choice.py`)
 """
 
@@ -34,6 +36,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..names import unknown
 from .choice import CHOSEN_FORMS, choose, record, target
+from .memory import Bytes, check_budget, fitting, size
 
 State = Any  # a NamedTuple of arrays (B, ...) with a field h
 Gates = tuple[Array, ...]  # (B, ..., D) each
@@ -113,6 +116,7 @@ def recurrent(
     form: str = "scan",
     chunk_size: int = 64,
     remat: bool = False,
+    memory_budget: int | float | str | None = None,
     mask: Bool[Array, "B T"] | None = None,
     reset: Bool[Array, "B T"] | None = None,
     reverse: bool = False,
@@ -125,33 +129,65 @@ def recurrent(
     A step with mask False copies the state through and outputs zeros; one with reset True starts from an empty
     (zero) state. `reverse` runs from the last step to the first. `state_scale` (B, D) multiplies h before each product
     with R and before `inner` sees it; `noise`, arrays (B, T, ...), is handed to the rule step by step; neither has a
-    gradient.
+    gradient. `memory_budget`, in bytes or "auto", lets the fused form take the chunk length nearest to `chunk_size`,
+    and remat only where it must, so that what forward and backward set aside fits.
     """
-    if form not in FORMS and form not in CHOSEN_FORMS:
-        raise ValueError(unknown("form of a recurrent cell", form, (*FORMS, *CHOSEN_FORMS)))
+    forms = (*FORMS, *CHOSEN_FORMS, "cudnn")
+    if form not in forms:
+        raise ValueError(unknown("form of a recurrent cell", form, forms))
     if xs.shape[1] == 0:
         raise ValueError("xs has no time step (T = 0); at least one is needed")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    check_budget(memory_budget)
     given = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), Given(mask, reset, noise))
     weights = Weights(R, S, W, b, params)
     spec = Spec(rule, maps, jnp.dtype(dtype or R.dtype), remat, reverse)
-    choice = record(choose(form, target(), partial(_plan, form, spec, xs, weights, state, given, state_scale)))
+    choice = choose(form, target(), partial(_plan, form, spec, xs, weights, state, given, state_scale))
+    if memory_budget is not None and choice.form == "fused":
+        costs = fused_bytes(spec, xs, weights, state, given, state_scale)
+        fit = fitting(xs.shape[1], chunk_size, memory_budget, [(a, b) for a, b in costs.items() if a or not remat])
+        chunk_size, spec = fit.L, spec._replace(remat=fit.remat)
+        choice = choice._replace(reason=f"{choice.reason}; chunks of {fit.L}, remat={fit.remat}: {fit.bytes} bytes")
+    elif memory_budget is not None and form != "auto":
+        raise ValueError(f"memory_budget is for form='fused', which chooses by it, and not for form={form!r}")
+    record(choice)
     if choice.form == "pallas":
-        from .pallas_recurrent import run
-
-        ys, state = run(choice.plan, spec, xs, weights, state, given, state_scale)
+        ys, state = _kernel().run(choice.plan, spec, xs, weights, state, given, state_scale)
+    elif choice.form == "cudnn":
+        ys, state = _cudnn(spec, xs, weights, state, given, state_scale)
     else:
         ys, state = FORMS[choice.form](spec, chunk_size, xs, weights, state, given, state_scale)
     return jnp.swapaxes(ys, 0, 1), state
 
 
+def _kernel():
+    """The module of the target's kernels; imported here because Pallas is slow to load, and not needed on a CPU."""
+    from . import pallas_recurrent, pallas_recurrent_gpu
+
+    return pallas_recurrent_gpu if target().platform == "gpu" else pallas_recurrent
+
+
 def _plan(form, *arguments):
-    """The kernel's plan for the target; imported here because Pallas is slow to load, and needed on a TPU only."""
+    """The kernel's plan for the target."""
+    *arguments, target = arguments
+    if target.platform == "gpu":
+        return _kernel().plan_for(*arguments, interpret=form == "pallas_interpret")
     from .pallas_plan import plan_for
 
-    *arguments, target = arguments
     return plan_for(*arguments, vmem=target.vmem, cores=target.cores, interpret=form == "pallas_interpret")
+
+
+def _cudnn(spec, xs, weights, state, given, scale):
+    """cuDNN's LSTM, or one line that says why not."""
+    from . import cudnn
+
+    why = cudnn.refusal(spec, weights, state, given, scale)
+    if target().platform != "gpu":
+        why = f"an NVIDIA GPU is needed, and this program is for a {target().platform}"
+    if why:
+        raise ValueError(f"form='cudnn': {why}; form='fused' would serve it")
+    return cudnn.run(spec, xs, weights, state, given)
 
 
 def project(spec: Spec, xs: Float[Array, "B T ..."], weights: Weights, dtype: DTypeLike) -> Float[Array, "T B ..."]:
@@ -242,6 +278,26 @@ def _fused(spec, chunk_size, xs, weights, state, given, scale):
 
 
 FORMS = {"scan": _scan, "fused": _fused}
+
+
+def fused_bytes(spec, xs, weights, state, given, scale) -> dict[bool, Bytes]:
+    """What the fused form sets aside, by remat: the traced shapes of one step, counted as often as they are held."""
+
+    def step(xs, weights, state, given, scale):
+        x = project(spec, xs[:, :1], weights, state.h.dtype)
+        state, ys, kept = _run_chunk(spec, unstack(x), weights, state, jax.tree.map(first, given), scale, keep=True)
+        one = jax.tree.map(lambda a: a[0], kept)
+        given = jax.tree.map(lambda a: a[0], given)
+        return x, ys, kept, linearised(spec, weights, one, given, scale)
+
+    def first(a):
+        return a[:1]
+
+    x, ys, kept, linear = jax.eval_shape(step, xs, weights, state, given, scale)
+    x, ys, kept, linear, step_in = (size(a) for a in (x, ys, kept, linear, xs[:, 0]))
+    outside = max(ys, step_in)  # the outputs, then the gradients of the inputs
+    work = linear + 3 * x  # the transposed rule; the gates, and their gradients as one array and as one a gate
+    return {False: Bytes(outside + kept, 0, work), True: Bytes(outside, size(state), work)}
 
 
 # The fused form: T is a multiple of the chunk length L from here on.

@@ -1,0 +1,70 @@
+"""`memory_budget`: the bytes that are counted beside those of the compiled program, and what is chosen by them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from xlstm_jax import cells
+from xlstm_jax.kernels.choice import chosen_forms
+from xlstm_jax.kernels.memory import Bytes, fitting
+from xlstm_jax.kernels.mlstm import mlstm
+
+RECURRENT = cells.MLSTM(16, 8, form="recurrent", memory_budget=10**9, rngs=nnx.Rngs(0))
+XS = jax.ShapeDtypeStruct((4, 96, 16), jnp.float32)
+
+
+def layer(make):
+    """A cell's outputs, a function of its parameters and XS."""
+    graphdef, params = nnx.split(nnx.eval_shape(make))
+    return lambda params, xs: nnx.merge(graphdef, params)(xs)[0], (params, XS)
+
+
+def memory():
+    """The mLSTM's kernel."""
+    k, v, gate = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 96, 2, 8), (2, 96, 2, 16), (2, 96, 2)))
+    return lambda *args: mlstm(*args, chunk_size=16, memory_budget=10**9)[0], (k, k, v, gate, gate)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        lambda: layer(lambda: cells.LSTM(16, 32, chunk_size=32, memory_budget=10**9, rngs=nnx.Rngs(0))),
+        lambda: layer(lambda: cells.SLSTM(16, 32, chunk_size=8, remat=True, memory_budget=10**9, rngs=nnx.Rngs(0))),
+        memory,
+    ],
+    ids=["lstm", "slstm, remat", "mlstm"],
+)
+def test_the_bytes_are_those_of_the_compiled_program(case):
+    function, arguments = case()
+    (choice,) = chosen_forms(function, *arguments)
+    stated = int(choice.reason.split()[-2])
+    gradient = jax.grad(lambda *args: jnp.sum(function(*args) ** 2), argnums=range(len(arguments)))
+    compiled = jax.jit(gradient).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert 0.95 * compiled < stated < 1.6 * compiled
+
+
+def test_what_is_chosen():
+    """The preferred length as long as it fits, then shorter or longer ones, then remat."""
+    keep, again = Bytes(10, 0, 5), Bytes(1, 8, 6)
+    assert fitting(64, 32, 800, [(False, keep), (True, again)])[:2] == (32, False)
+    assert fitting(64, 32, 730, [(False, keep), (True, again)])[:2] == (16, False)
+    assert fitting(64, 32, 300, [(False, keep), (True, again)])[:2] == (32, True)
+    assert fitting(64, 4, 180, [(True, again)])[:2] == (8, True)  # longer chunks keep fewer states
+    assert fitting(64, 32, "auto", [(False, keep)])[:2] == (32, False)
+    with pytest.raises(ValueError, match="149 bytes fit nothing for 64 steps; the least is 176, with chunk_size=8 and"):
+        fitting(64, 32, 149, [(False, keep), (True, again)])
+
+
+@pytest.mark.parametrize("budget", [0, -1, 2.5, True, "all"])
+def test_a_budget_is_a_number_of_bytes(budget):
+    with pytest.raises(ValueError, match="memory_budget"):
+        cells.LSTM(3, 4, memory_budget=budget, rngs=nnx.Rngs(0))
+
+
+def test_a_budget_that_nothing_fits_or_that_no_form_reads():
+    with pytest.raises(ValueError, match=r"memory_budget: 1000 bytes fit nothing for 96 steps; the least is \d+, with"):
+        jax.eval_shape(lambda xs: cells.GRU(16, 8, memory_budget=1000, rngs=nnx.Rngs(0))(xs)[0], XS)
+    for cell in (cells.GRU(16, 8, form="scan", memory_budget=10**9, rngs=nnx.Rngs(0)), RECURRENT):
+        with pytest.raises(ValueError, match=f"memory_budget is for .*, which chooses by it, and not .*'{cell.form}'"):
+            jax.eval_shape(cell, XS)

@@ -1,0 +1,85 @@
+"""The chunk length of the forms "fused" and "chunkwise", and remat, from a budget in bytes.
+
+What forward and backward together set aside beside their arguments and results, for T steps in chunks of L:
+
+    bytes(L) = T step + ceil(T / L) chunk + L work + L^2 pairs
+
+with the bytes of what is kept of each step and of each chunk for the gradient, of what is worked on for a step of the
+one chunk at hand, and for a pair of its steps. They are counted from the traced shapes, with no compilation.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+
+from ..names import unknown
+
+AUTOMATIC_SHARE = 4  # "auto" is this part of the memory: the other layers, their weights and gradients have the rest
+SHORTEST = 8  # steps of a chunk; below it the products are too small to be worth a chunk
+
+
+class Bytes(NamedTuple):
+    """The four numbers of the formula."""
+
+    step: int
+    chunk: int = 0
+    work: int = 0
+    pairs: int = 0
+
+    def total(self, T: int, L: int) -> int:
+        """bytes(L)."""
+        return T * self.step + -(-T // L) * self.chunk + L * self.work + L * L * self.pairs
+
+
+class Chunks(NamedTuple):
+    """A chunk length, whether a chunk is computed again for the gradient, and the bytes of that."""
+
+    L: int
+    remat: bool
+    bytes: int
+
+
+def size(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_budget(budget: int | float | str | None) -> None:
+    """None, "auto" or a positive number of bytes."""
+    if isinstance(budget, str) and budget != "auto":
+        raise ValueError(unknown("memory_budget", budget, ("auto",)) + ", or a number of bytes")
+    number = isinstance(budget, int) and not isinstance(budget, bool)
+    if not (budget is None or budget == "auto" or number and budget > 0):
+        raise ValueError(f"memory_budget is {budget!r}: a positive number of bytes, 'auto' or None is needed")
+
+
+def budget_bytes(budget: int | str) -> int:
+    """The budget itself, or for "auto" a quarter of what the device says it has, or else of the machine's memory."""
+    if budget != "auto":
+        return budget
+    found = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return (found or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // AUTOMATIC_SHARE
+
+
+def lengths(T: int, preferred: int) -> list[int]:
+    """The preferred chunk length, then its halves and doubles, the nearest first."""
+    preferred = min(preferred, T)
+    shorter = [preferred >> n for n in range(1, preferred.bit_length()) if preferred >> n >= SHORTEST]
+    longer = [preferred << n for n in range(1, (T // preferred).bit_length()) if preferred << n <= T]
+    return sorted({preferred, *shorter, *longer}, key=lambda L: max(L, preferred) / min(L, preferred))
+
+
+def fitting(T: int, preferred: int, budget: int | str, costs: Iterable[tuple[bool, Bytes]]) -> Chunks:
+    """The first that fits: of the ways to compute, in their order, the chunk length nearest to the preferred one."""
+    limit = budget_bytes(budget)
+    plans = [Chunks(L, remat, cost.total(T, L)) for remat, cost in costs for L in lengths(T, preferred)]
+    for plan in plans:
+        if plan.bytes <= limit:
+            return plan
+    least = min(plans, key=lambda plan: plan.bytes)
+    raise ValueError(
+        f"memory_budget: {limit} bytes fit nothing for {T} steps; the least is {least.bytes}, "
+        f"with chunk_size={least.L}{' and remat=True' if least.remat else ''}"
+    )
