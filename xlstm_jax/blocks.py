@@ -18,6 +18,7 @@ from .cells.base import Cell, masked
 from .cells.mlstm import MLSTM, gate
 from .cells.slstm import SLSTM, SLSTMState
 from .initializers import Initializer, initializer, small_init, wang_init
+from .kernels import local
 from .kernels import mlstm as mlstm_kernel
 from .layers import CausalConv, HeadwiseLinear, Norm, round_up
 from .regularizers import check_rates, dropout, split
@@ -148,20 +149,19 @@ class MLSTMLayer(Cell):
         check_inputs(self, xs, state, mask, reset, key)
         B, T, _ = xs.shape
         memory, window = self.initial_state(B) if state is None else state
-        a, z = jnp.split(self.up(xs), 2, axis=-1)
+        a, z = local.columns(self.up, xs, (self.inner, self.inner))
         c = a
         if self.conv is not None:
             c, window = self.conv(a, window, mask, reset)
         c = jax.nn.silu(c)
         qkv = self.q(c), self.k(c), self.v(a)
-        gates = jnp.concatenate(qkv, axis=-1)
         q, k, v = (x.reshape(B, T, self.num_heads, -1) for x in qkv)
         h, memory = mlstm_kernel.mlstm(
             q,
             k,
             v,
-            self.i(gates),
-            self.f(gates),
+            local.of_parts(self.i, qkv),
+            local.of_parts(self.f, qkv),
             memory,
             form=self.form,
             chunk_size=self.chunk_size,

@@ -10,6 +10,7 @@ from .cells.arguments import check_inputs
 from .cells.base import Cell, masked
 from .cells.mlstm import MLSTM, gate
 from .initializers import Initializer, initializer, small_init, wang_init
+from .kernels import local
 from .kernels import mlstm as kernel
 from .kernels.mlstm import MLSTMState
 from .layers import Norm, soft_cap
@@ -82,7 +83,7 @@ class MLSTMLargeLayer(Cell):
         """xs (B, T, D) to outputs (B, T, D) and the last state; nothing is random, whatever the key."""
         check_inputs(self, xs, state, mask, reset, key)
         B, T, _ = xs.shape
-        q, k, v = jnp.split(self.qkv(xs), [self.qk_features, 2 * self.qk_features], axis=-1)
+        q, k, v = local.columns(self.qkv, xs, (self.qk_features, self.qk_features, self.v_features))
         q, k, v = (a.reshape(B, T, self.num_heads, -1) for a in (q, k, v))
         i, f = (soft_cap(pre_activation(xs), self.gate_cap) for pre_activation in (self.i, self.f))
         h, state = kernel.mlstm(

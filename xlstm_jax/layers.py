@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from .initializers import small_init, wang_init
+from .kernels import local
 from .names import unknown
 
 
@@ -155,7 +156,7 @@ class GatedFeedForward(nnx.Module):
         self.down = nnx.Linear(hidden, features, kernel_init=wang_init(features, num_blocks), **shared)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = jnp.split(self.up(x), 2, axis=-1)
+        gate, up = local.columns(self.up, x, (self.hidden, self.hidden))
         return self.down(ACTIVATIONS[self.activation](gate) * up)
 
 

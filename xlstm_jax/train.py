@@ -13,9 +13,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from xlstm_jax import metrics, optim
+from xlstm_jax import metrics, optim, sharding
 from xlstm_jax.checkpoint import Checkpoints
 from xlstm_jax.evaluate import TaskShell, evaluate_params, split_task, token_scores
+from xlstm_jax.kernels import local
 from xlstm_jax.regularizers import activation_l2, temporal_l2
 from xlstm_jax.tasks.task import SPLITS, check
 
@@ -46,11 +47,12 @@ class Diverged(RuntimeError):
 
 def init_state(model: nnx.Module, task, tx: optax.GradientTransformation, batch_size: int, seed: int) -> TrainState:
     """Step 0. Every leaf comes out of one program, so that all live on the devices of the parameters."""
-    _, params = nnx.split(model)
+    graphdef, params = nnx.split(model)
     carry = model.initial_state(batch_size) if task.carries_state else ()
 
     def build(params, carry):
-        return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), carry, jnp.full((), seed, jnp.int32))
+        counters = jnp.zeros((), jnp.int32), jnp.full((), seed, jnp.int32)
+        return sharding.keep(TrainState(params, tx.init(params), counters[0], carry, counters[1]), graphdef)
 
     return jax.tree.map(
         jnp.copy, jax.jit(build)(params, carry)
@@ -83,7 +85,7 @@ def train_step(
     state: TrainState, *, graphdef: nnx.GraphDef, task, tx: optax.GradientTransformation, batch_size: int
 ) -> tuple[TrainState, StepMetrics]:
     """One update on batch number `state.step`; if loss or gradient is not finite, the state is returned as it came."""
-    batch = task.batch("train", state.seed, state.step, batch_size)
+    batch = jax.tree.map(local.activations, task.batch("train", state.seed, state.step, batch_size))
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
     def loss_of(params):  # the carry is a constant here: this cuts the gradient between batches
@@ -104,7 +106,7 @@ def train_step(
         state.seed,
     )
     row = StepMetrics(loss, accuracy, grad_norm, optim.learning_rate(opt_state), finite)
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state), row
+    return sharding.keep(jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state), graphdef), row
 
 
 @functools.partial(

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
+from ..kernels import local
 from ..names import unknown
 from ..regularizers import check_rates, dropout, split
+from ..sharding import gathered
 from .arguments import check_cell
 from .base import Cell, masked
 
@@ -18,6 +20,14 @@ MERGES = {
     "sum": lambda a, b: a + b,
     "mean": lambda a, b: (a + b) / 2,
     "product": lambda a, b: a * b,
+}
+
+
+REMAT = {  # of each layer, the cheapest first
+    "none": None,
+    "weights": jax.checkpoint_policies.save_anything_except_these_names("gathered"),  # gathered again
+    "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all but products with weights
+    "layer": jax.checkpoint_policies.nothing_saveable,  # all but its inputs
 }
 
 
@@ -104,8 +114,15 @@ class Stack(Cell):
         pattern: Sequence[str] | None = None,
         residual: bool = False,
         dropout: float = 0.0,
+        remat: str = "none",
     ):
-        """residual: x + layer(x); dropout: of each layer's output but the last's, before it is added to x."""
+        """residual: x + layer(x); dropout: of each layer's output but the last's, before it is added to x.
+
+        remat: what the backward pass of a layer computes again (`REMAT`).
+        """
+        if remat not in REMAT:
+            raise ValueError(unknown("remat of a stack", remat, REMAT))
+        self.remat = remat
         if not isinstance(layers, Sequence | nnx.List) or not layers:
             what = "empty" if isinstance(layers, Sequence | nnx.List) else f"a {type(layers).__name__}"
             raise ValueError(f"layers is {what}: a list of at least one layer is needed")
@@ -147,6 +164,19 @@ class Stack(Cell):
             return states
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (self.repeats, *leaf.shape)), states)
 
+    def call(self, layer, xs, state, mask, reset, key):
+        """One layer with its weights gathered, and what `remat` says not kept for its backward pass."""
+        if isinstance(layer, Stack):
+            return layer(xs, state, mask, reset, key=key)
+        graphdef, params = nnx.split(layer)
+
+        def apply(params, xs, state, key):
+            return gathered(nnx.merge(graphdef, params))(local.activations(xs), state, mask, reset, key=key)
+
+        if self.remat != "none":
+            apply = jax.checkpoint(apply, policy=REMAT[self.remat])
+        return apply(params, xs, state, key)
+
     def __call__(
         self,
         xs: Float[Array, "B T ..."],
@@ -169,7 +199,7 @@ class Stack(Cell):
             new = []
             for n, layer in enumerate(layers):
                 try:
-                    ys, new_state = layer(xs, None if states is None else states[n], mask, reset, key=keys[n])
+                    ys, new_state = self.call(layer, xs, None if states is None else states[n], mask, reset, keys[n])
                 except ValueError as error:
                     raise ValueError(f"layer {n}: {error}") from error
                 if self.residual and ys.shape != xs.shape:

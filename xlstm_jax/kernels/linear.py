@@ -20,9 +20,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from ..names import unknown
+from . import local, time_sharded
 
 FORMS = ("scan", "associative")
 
@@ -59,8 +61,8 @@ def linear_recurrence(
     if form not in FORMS:
         raise ValueError(unknown("form of a linear recurrence", form, FORMS))
     a, b, state = _prepare(PLAIN, a, b, state, chunk_size, mask, reset)
-    hs = _scan(a, b, state, reset) if form == "scan" else _chunks(PLAIN, chunk_size, a, b, state)
-    return _output(hs, mask), hs[:, -1]
+    hs, state = _divided(PLAIN, form, chunk_size, a, b, state, reset)
+    return _output(hs, mask), state
 
 
 def log_linear_recurrence(
@@ -74,8 +76,25 @@ def log_linear_recurrence(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
     """The form "log": as `linear_recurrence`, of exp(log_a) and exp(log_b); -inf stands for zero. h is no logarithm."""
     log_a, log_b, state = _prepare(LOG, log_a, log_b, state, chunk_size, mask, reset)
-    hs = _chunks(LOG, chunk_size, log_a, log_b, state)
-    return _output(hs, mask), hs[:, -1]
+    hs, state = _divided(LOG, "log", chunk_size, log_a, log_b, state, reset)
+    return _output(hs, mask), state
+
+
+def _divided(kind, form, chunk_size, a, b, state, reset):
+    """Every h and the last one, each device having its own rows, features and stretch of time."""
+    lengths = zip(a.shape, (local.ROWS, ("seq",), ("tensor",)), strict=True)
+    rows, time, features = (local.axes_for(length, axes) for length, axes in lengths)
+    steps, ends = P(rows, time, features), P(rows, features)
+
+    def run(a, b, state, reset):
+        with jax.named_scope("time"):
+            return _scan(a, b, state, reset) if form == "scan" else _chunks(kind, chunk_size, a, b, state)
+
+    if time:
+        run_one = partial(time_sharded.linear, run, kind)
+    else:
+        run_one = lambda *arguments: (hs := run(*arguments), hs[:, -1])  # noqa: E731
+    return local.run(run_one, (a, b, state, reset), (steps, steps, ends, P(rows, time)), (steps, ends))
 
 
 def _prepare(kind: Arithmetic, a, b, state, chunk_size, mask, reset):

@@ -23,9 +23,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from ..names import unknown
+from . import local, time_sharded
 from .choice import CHOSEN_FORMS, choose, record, target
 from .memory import Bytes, check_budget, fitting, size
 from .recurrent import select
@@ -96,21 +98,32 @@ def mlstm(
     inputs = Inputs(*(jnp.moveaxis(a, 1, 2) for a in (q * K**-0.5, k, v, log_i, log_f)), reset)
     options = dict(stabilise=input_gate == "exp", normalize=normalize, eps=eps)
     state = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, dtype)), state)
+    rows, heads = local.axes_for(B, local.ROWS), local.axes_for(H, ("tensor",))
+    time = local.axes_for(T, ("seq",))
+    specs = Inputs(*(P(rows, heads, time),) * 5, P(rows, time)), P(rows, heads)
+    run = partial(_run, form, chunk_size, memory_budget, options)
+    if time:
+        run = partial(time_sharded.mlstm, run, stabilise=options["stabilise"])
+    h, state = local.run(run, (inputs, state), specs, (specs[0].q, specs[1]))
+    state = jax.tree.map(lambda a, old: a.astype(old.dtype), state, kept)
+    h = jnp.moveaxis(h, 1, 2).astype(v.dtype)
+    return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
+
+
+def _run(form, chunk_size, memory_budget, options, inputs, state):
+    """Outputs (B, H, T, V) and the last state, in the form that serves the arguments."""
     choice = choose(form, target(), partial(_plan, form, inputs, state, chunk_size, options), "chunkwise")
     if memory_budget is not None and choice.form == "chunkwise":
-        fit = fitting(T, chunk_size, memory_budget, [(False, chunkwise_bytes(inputs, state))])
+        fit = fitting(inputs.q.shape[2], chunk_size, memory_budget, [(False, chunkwise_bytes(inputs, state))])
         chunk_size = fit.L
         choice = choice._replace(reason=f"{choice.reason}; chunks of {fit.L}: {fit.bytes} bytes")
     elif memory_budget is not None and form != "auto":
         raise ValueError(f"memory_budget is for form='chunkwise', which chooses by it, and not for form={form!r}")
     record(choice)
-    if choice.form == "pallas":
-        h, state = _kernel().run(choice.plan, inputs, state)
-    else:
-        h, state = FORMS[choice.form](inputs, state, chunk_size, options)
-    state = jax.tree.map(lambda a, old: a.astype(old.dtype), state, kept)
-    h = jnp.moveaxis(h, 1, 2).astype(v.dtype)
-    return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
+    with jax.named_scope("time"):
+        if choice.form == "pallas":
+            return _kernel().run(choice.plan, inputs, state)
+        return FORMS[choice.form](inputs, state, chunk_size, options)
 
 
 def check_gate(input_gate: str, normalize: bool) -> None:

@@ -31,10 +31,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ..names import unknown
+from . import local
 from .choice import CHOSEN_FORMS, choose, record, target
 from .memory import Bytes, check_budget, fitting, size
 
@@ -143,22 +145,30 @@ def recurrent(
     given = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), Given(mask, reset, noise))
     weights = Weights(R, S, W, b, params)
     spec = Spec(rule, maps, jnp.dtype(dtype or R.dtype), remat, reverse)
-    choice = choose(form, target(), partial(_plan, form, spec, xs, weights, state, given, state_scale))
+    arguments = xs, weights, state, given, state_scale
+    specs = _divided(spec, *arguments)
+    out_specs = specs[3].noise, specs[2]
+    ys, state = local.run(partial(_run, form, spec, chunk_size, memory_budget), arguments, specs, out_specs)
+    return jnp.swapaxes(ys, 0, 1), state
+
+
+def _run(form, spec, chunk_size, memory_budget, *arguments):
+    """Outputs (T, B, D) and the last state, in the form that serves the arguments."""
+    choice = choose(form, target(), partial(_plan, form, spec, *arguments))
     if memory_budget is not None and choice.form == "fused":
-        costs = fused_bytes(spec, xs, weights, state, given, state_scale)
-        fit = fitting(xs.shape[1], chunk_size, memory_budget, [(a, b) for a, b in costs.items() if a or not remat])
+        costs = [(remat, cost) for remat, cost in fused_bytes(spec, *arguments).items() if remat or not spec.remat]
+        fit = fitting(arguments[0].shape[1], chunk_size, memory_budget, costs)
         chunk_size, spec = fit.L, spec._replace(remat=fit.remat)
         choice = choice._replace(reason=f"{choice.reason}; chunks of {fit.L}, remat={fit.remat}: {fit.bytes} bytes")
     elif memory_budget is not None and form != "auto":
         raise ValueError(f"memory_budget is for form='fused', which chooses by it, and not for form={form!r}")
     record(choice)
-    if choice.form == "pallas":
-        ys, state = _kernel().run(choice.plan, spec, xs, weights, state, given, state_scale)
-    elif choice.form == "cudnn":
-        ys, state = _cudnn(spec, xs, weights, state, given, state_scale)
-    else:
-        ys, state = FORMS[choice.form](spec, chunk_size, xs, weights, state, given, state_scale)
-    return jnp.swapaxes(ys, 0, 1), state
+    with jax.named_scope("time"):
+        if choice.form == "pallas":
+            return _kernel().run(choice.plan, spec, *arguments)
+        if choice.form == "cudnn":
+            return _cudnn(spec, *arguments)
+        return FORMS[choice.form](spec, chunk_size, *arguments)
 
 
 def _kernel():
@@ -166,6 +176,35 @@ def _kernel():
     from . import pallas_recurrent, pallas_recurrent_gpu
 
     return pallas_recurrent_gpu if target().platform == "gpu" else pallas_recurrent
+
+
+def _divided(spec, xs, weights, state, given, scale):
+    """How a mesh divides the arguments: rows, and heads where there are several and the rule couples no features."""
+    rows = local.axes_for(xs.shape[0], local.ROWS)
+    heads = None
+    if local.sizes().get("tensor", 1) > 1 and isinstance(spec.maps, Dense) and weights.S is None:
+        heads = _heads(spec, xs, weights, state)
+    if heads is None:
+        return P(rows), Weights(*(P(),) * 5), P(rows), Given(*(P(None, rows),) * 3), P(rows)
+    return (
+        P(rows, None, None, heads) if weights.W is None else P(rows),
+        Weights(P(heads), P(), P(None, None, heads), P(None, heads), P(None, heads)),
+        P(rows, heads),
+        Given(P(None, rows), P(None, rows), P(None, rows, heads)),
+        P(rows, heads),
+    )
+
+
+def _heads(spec, xs, weights, state):
+    """The mesh axis of the heads, None where the recurrence cannot be divided."""
+    from .pallas_plan import equal_gradients
+
+    N, E, K, F = weights.R.shape
+    G = xs.shape[2] if weights.W is None else weights.W.shape[1]
+    apart = all(a.shape[1:] == (N * F,) for a in jax.tree.leaves((state, weights.params)))
+    if N == 1 or E != F or not apart or equal_gradients(spec, G, K, state, weights.params) is None:
+        return None
+    return local.axes_for(N, ("tensor",))
 
 
 def _plan(form, *arguments):

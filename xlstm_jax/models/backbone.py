@@ -50,12 +50,13 @@ def backbone(
     *,
     in_features: int | None = None,
     dropout: float = 0.0,
+    layer_remat: str = "none",
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
     **options,
 ) -> cells.Stack:
-    """The stack `name` of width `dim`; options go to its cells or mixers.
+    """The stack `name` of width `dim`; options go to its cells or mixers; `layer_remat` is the stack's `remat`.
 
     In xLSTM[a:b] and "xlstm" `proj_factor`, `inner_width`, `qkv_block` and `use_bias` go to the mLSTM blocks alone,
     `recurrent_init`, `ffn_width` (0: no feed-forward part), `ffn_activation` and `ffn_bias` to the sLSTM blocks, and so
@@ -138,7 +139,9 @@ def backbone(
             return Block(mixer, norm=Norm(dim, **norms), ffn=ffn, ffn_norm=Norm(dim, **norms), dropout=dropout)
 
     blocks = [make(n) for n in range(num_layers)]
-    return in_runs(blocks, pattern) if name == "xlstm" else cells.Stack(blocks, pattern=pattern)
+    if name == "xlstm":
+        return in_runs(blocks, pattern, layer_remat)
+    return cells.Stack(blocks, pattern=pattern, remat=layer_remat)
 
 
 def split_options(options: dict) -> tuple[dict, dict[str, dict]]:
@@ -169,12 +172,12 @@ def published_pattern(name: str, ratio: re.Match | None, num_layers: int, slstm_
     return group * (num_layers // len(group))
 
 
-def in_runs(blocks: Sequence[cells.base.Cell], pattern: Sequence[str]) -> cells.Stack:
+def in_runs(blocks: Sequence[cells.base.Cell], pattern: Sequence[str], remat: str = "none") -> cells.Stack:
     """A stack that is compiled once a group where the whole repeats one, else once a run of equal kinds."""
     if smallest_period(tuple(pattern)) < len(blocks):
-        return cells.Stack(blocks, pattern=pattern)
+        return cells.Stack(blocks, pattern=pattern, remat=remat)
     blocks, layers = iter(blocks), []
     for kind, run in groupby(pattern):
         run = [next(blocks) for _ in run]
-        layers.append(run[0] if len(run) == 1 else cells.Stack(run, pattern=[kind] * len(run)))
-    return cells.Stack(layers)
+        layers.append(run[0] if len(run) == 1 else cells.Stack(run, pattern=[kind] * len(run), remat=remat))
+    return cells.Stack(layers, remat=remat)

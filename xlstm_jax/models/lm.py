@@ -4,6 +4,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float
 
 from ..layers import soft_cap
+from ..sharding import gathered
 from .sequence import Tagger
 
 
@@ -27,4 +28,5 @@ class LM(Tagger):
 
     def logits(self, xs: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """By the head, or by the embedding where tied."""
-        return soft_cap(self.embedding.attend(xs) if self.tie_weights else self.head(xs), self.logit_cap)
+        ys = gathered(self.embedding).attend(xs) if self.tie_weights else gathered(self.head)(xs)
+        return soft_cap(ys, self.logit_cap)

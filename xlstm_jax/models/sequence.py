@@ -11,9 +11,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ..cells.arguments import check_array, check_flags, check_tokens
 from ..cells.base import Cell, masked
 from ..initializers import Initializer, small_init
+from ..kernels import local
 from ..layers import Norm
 from ..names import unknown
 from ..regularizers import check_rates, dropout, split
+from ..sharding import gathered
 from .backbone import BARE
 from .backbone import backbone as make_backbone
 
@@ -96,7 +98,7 @@ class Tagger(Cell):
         check_flags(tokens, mask, reset)
         check_tokens(tokens, mask, self.vocab_size)
         keys = split(key, 3)
-        xs = dropout(self.embedding(tokens), self.dropout, keys[0])
+        xs = dropout(local.activations(gathered(self.embedding)(tokens)), self.dropout, keys[0])
         return self.backbone(xs, state, mask, reset, key=keys[1])
 
     def features(self, ys: Float[Array, "B T D"], *, key=None) -> Float[Array, "B T D"]:
@@ -106,7 +108,7 @@ class Tagger(Cell):
 
     def answers(self, ys: Float[Array, "B T D"], mask=None, *, key=None) -> Float[Array, "B T C"]:
         """From what the backbone gives to float32 (or wider) logits, zero where masked."""
-        logits = self.logits(self.features(ys, key=key))
+        logits = self.logits(local.activations(self.features(ys, key=key), "tensor"))
         return masked(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), mask)
 
     def __call__(
@@ -124,7 +126,7 @@ class Tagger(Cell):
 
     def logits(self, xs: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
         """The head."""
-        return self.head(xs)
+        return gathered(self.head)(xs)
 
 
 class FeatureTagger(Tagger):

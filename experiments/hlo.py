@@ -1,0 +1,103 @@
+"""The collectives of a compiled program, read off its HLO: how often each runs, its bytes, and in which loop."""
+
+import math
+import re
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "token": 0}
+TIME = re.compile(r"(^|[/(])time([/)]|$)")  # the scope that the loops over time are traced under
+
+
+class Collective(NamedTuple):
+    """One instruction: how many times a call of the program runs it, and what it moves each time."""
+
+    kind: str
+    count: int
+    bytes: int  # of its result on one device (of its operand, where a reduce-scatter's is the larger)
+    group: int  # devices that take part together
+    in_time_loop: bool
+    crosses_slices: bool
+
+
+def collectives(text: str, slice_size: int | None = None) -> list[Collective]:
+    """Every collective of the program; a loop's body counts as often as its condition says.
+
+    slice_size: devices of one slice, to tell what crosses between slices.
+    """
+    computations = _computations(text)
+    found, seen = [], set()
+
+    def walk(name: str, times: int, in_time: bool) -> None:
+        for line in computations.get(name, ()):
+            kind = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+            if kind:
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = (channel[1] if channel else line, times, in_time)
+                if key not in seen:  # a fused asynchronous one is written in several places
+                    seen.add(key)
+                    group, crosses = _group(line, slice_size)
+                    found.append(Collective(kind[2], times, _bytes(kind[1], kind[2], group), group, in_time, crosses))
+            loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+            if loop:
+                scope = re.search(r'op_name="([^"]*)"', line)
+                inside = in_time or bool(scope and TIME.search(scope[1]))
+                walk(loop[2], times * _trips(line, computations.get(loop[1], ())), inside)
+                continue
+            for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
+                walk(called, times, in_time)
+
+    walk(computations["ENTRY"], 1, False)
+    return found
+
+
+def _computations(text: str) -> dict:
+    """{name: its lines}, and the entry's name under ENTRY."""
+    computations, lines = {}, []
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head and not line.startswith(" "):
+            computations[head[2]] = lines = []
+            if head[1]:
+                computations["ENTRY"] = head[2]
+        else:
+            lines.append(line)
+    return computations
+
+
+def _trips(line: str, condition: list[str]) -> int:
+    """As the compiler says, else the largest number that the condition compares with."""
+    known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+    if known:
+        return int(known[1])
+    return max((int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)), default=1)
+
+
+def _bytes(result: str, kind: str, group: int) -> int:
+    """Of the arrays in a result's type; the larger one alone where an asynchronous start holds operand and result."""
+    sizes = []
+    for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+        bits = BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["32"])[0])
+        sizes.append(math.prod(int(n) for n in shape.split(",") if n) * bits // 8)
+    total = sum(sizes)
+    return total * group if kind == "reduce-scatter" else total
+
+
+def _group(line: str, slice_size: int | None) -> tuple[int, bool]:
+    """Devices in one group, and whether a group holds devices of two slices."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line) or re.search(r"source_target_pairs=\{\{([\d,]+)\}", line)
+    if listed:
+        members = [int(n) for n in listed[1].split(",")]
+        crosses = slice_size is not None and len({m // slice_size for m in members}) > 1
+        return len(members), crosses
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if not iota:
+        return 1, False
+    import numpy as np
+
+    groups, size = int(iota[1]), int(iota[2])
+    ids = np.arange(groups * size).reshape([int(n) for n in iota[3].split(",")])
+    if iota[4]:
+        ids = ids.transpose([int(n) for n in iota[4].split(",")])
+    first = ids.reshape(groups, size)[0]
+    return size, slice_size is not None and len({int(m) // slice_size for m in first}) > 1
