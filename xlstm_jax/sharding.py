@@ -60,8 +60,10 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
         sizes[filled[0]] = len(devices) // product
     elif product != len(devices):
         asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ValueError(f"mesh {asked} does not fit {len(devices)} devices: it needs {'a multiple of ' * bool(filled)}"
-                         f"{product}; data=-1 takes what is left")
+        raise ValueError(
+            f"mesh {asked} does not fit {len(devices)} devices: it needs {'a multiple of ' * bool(filled)}"
+            f"{product}; data=-1 takes what is left"
+        )
     shape = [sizes.get(axis, 1) for axis in AXES]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
