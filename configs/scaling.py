@@ -1,16 +1,16 @@
 """Language models at the sizes of the xLSTM papers on TPU pods, to be planned before they are paid for.
 
     python -m experiments.plan  --config=configs/scaling.py:xlstm_1.3b --topology=v5e:16x16
-    python -m experiments.train --config=configs/scaling.py:xlstm_1.3b --workdir=runs/large --config.task.corpus=file:tokens.npy
+    python -m experiments.train --config=configs/scaling.py:xlstm_1.3b --workdir=runs/large
 
-| argument     | model                                                  | batch x steps in time | planned on             |
-|--------------|--------------------------------------------------------|-----------------------|------------------------|
-| `xlstm_125m` | xLSTM[1:0] 125M (arXiv:2405.04517, table 3)            | 256 x 2,048           | v5e:4x4                |
-| `xlstm_1.3b` | xLSTM[7:1] 1.3B: every eighth block an sLSTM           | 512 x 2,048           | v5e:16x16              |
-| `xlstm_7b`   | xLSTM 7B (arXiv:2503.13427)                            | 512 x 8,192           | v5p:8x8x8, v5e:16x16*2 |
-| `lstm_1b`    | 24 LSTM blocks of width 2,048                          | 512 x 2,048           | v4:4x4x4               |
+| argument     | model                                         | batch x steps in time | planned on             |
+|--------------|-----------------------------------------------|-----------------------|------------------------|
+| `xlstm_125m` | xLSTM[1:0] 125M (arXiv:2405.04517, table 3)   | 256 x 2,048           | v5e:4x4                |
+| `xlstm_1.3b` | xLSTM[7:1] 1.3B: every eighth block an sLSTM  | 512 x 2,048           | v5e:16x16              |
+| `xlstm_7b`   | xLSTM 7B (arXiv:2503.13427)                   | 512 x 8,192           | v5p:8x8x8, v5e:16x16*2 |
+| `lstm_1b`    | 24 LSTM blocks of width 2,048                 | 512 x 2,048           | v4:4x4x4               |
 
-`debug` after any of them shrinks it to seconds. The papers' [7:1] puts its six sLSTM blocks at six other places
+The corpus is a file of token ids, `tokens.npy`, until `--config.task.corpus` names another. `debug` after any of them shrinks it to seconds. The papers' [7:1] puts its six sLSTM blocks at six other places
 (`models.SIZES`); at every eighth, as here, eight blocks are compiled and not 13 runs of them. Numbers of steps give the
 papers' 300 billion tokens (7B: 2.3 trillion). `config.mesh` divides over the axes of `xlstm_jax.sharding`.
 """

@@ -5,8 +5,8 @@
     python -m experiments.plan --config=... --topology=v5e:16x16*2 --search
 
 Topologies: v4, v5e, v5p, v6e, tpu7x, by shape or by the name that a user gives (v5e-256); *2 for two slices. `--search`
-tries batches in powers of two and every `layer_remat`, the cheapest first. `--scale_batch` keeps the config's rows a chip
-of the first topology on the others (weak scaling). Floors are what the chip's published rates allow if all of
+tries batches in powers of two and every `layer_remat`, the cheapest first. `--scale_batch` keeps the rows a chip of the
+first topology on the others (weak scaling). Floors are what the chip's published rates allow if all of
 computation, memory and links overlap; nothing here has been timed.
 """
 
@@ -43,7 +43,7 @@ CENSUS = {"xla_tpu_enable_async_collective_fusion": "false"}  # else parts of on
 
 
 def plan(plain: dict[str, Any], where: Topology) -> dict[str, Any]:
-    """The plan of a resolved config on a topology, as plain numbers; bytes and FLOPs a chip unless they say otherwise."""
+    """The plan of a resolved config on a topology, as plain numbers; bytes and FLOPs are a chip's."""
     program, model, mesh, tokens, seconds = compiled(plain, where)
     chip, chips, steps = where.chip, where.chips, plain["steps"]
     per_chip = mesh.size / chips  # devices a chip: 1, or 2 where each TensorCore is one

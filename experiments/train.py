@@ -64,7 +64,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True) -
 
 
 def build_mesh(plain: dict[str, Any], model: nnx.Module, task) -> Mesh | None:
-    """The mesh that the config names, checked against devices, batches, steps in time and heads; None for one device."""
+    """The mesh that the config names, checked against devices, batches, time and heads; None for one device."""
     if not plain.get("mesh"):
         return None
     try:
