@@ -23,7 +23,7 @@ SECTIONS = ("model", "task", "optimizer")
 COUNTS = {"steps": None, "batch_size": None, "log_every": 100, "eval_batch_size": None, "steps_per_dispatch": 10}
 INTERVALS = {"seed": None, "eval_every": 0, "save_every": 0}  # these may be 0
 REQUIRED = ("kind", *SECTIONS, "steps", "batch_size", "seed")
-FIELDS = ("kind", "label", *SECTIONS, *COUNTS, *INTERVALS)
+FIELDS = ("kind", "label", *SECTIONS, "mesh", *COUNTS, *INTERVALS)  # mesh: sizes by axis, see `sharding.make_mesh`
 PLAIN = {bool, int, float, str, NoneType}
 LARGEST = 2**31 - 1  # steps and seeds are int32 on the device
 
@@ -43,6 +43,8 @@ def resolve(config: ConfigDict) -> dict[str, Any]:
     for name in SECTIONS:
         if not isinstance(plain[name], dict):
             raise ValueError(f"config.{name} is {plain[name]!r}: a dictionary of arguments is needed")
+    if not isinstance(plain.get("mesh", {}), dict):
+        raise ValueError(f"config.mesh is {plain['mesh']!r}: a dictionary of sizes by axis is needed")
     if plain["kind"] not in KINDS:
         raise ValueError(unknown("config.kind", plain["kind"], KINDS))
     if not isinstance(plain.get("label", ""), str):

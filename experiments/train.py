@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments import command, planning
@@ -24,7 +25,7 @@ from experiments.build import (
     flatten,
     resolve,
 )
-from xlstm_jax import metrics, train
+from xlstm_jax import metrics, sharding, train
 from xlstm_jax.data import tokenizers
 
 
@@ -34,7 +35,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True) -
     plain = resolve(config)
     task = build_task(plain)
     tx = build_optimizer(plain)
-    graphdef, _ = abstract_model(plain, task)
+    graphdef, shapes = abstract_model(plain, task)
+    mesh = build_mesh(plain, nnx.merge(graphdef, shapes), task)
     data_hash = getattr(task, "data_hash", None)
     found = check_workdir(workdir, plain, data_hash)
     if found is not None:
@@ -43,20 +45,35 @@ def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True) -
     environment = metrics.environment()
     environment["precision"]["dtype"] = str(plain["model"].get("dtype") or "float32")
     record = {"id": workdir.name, "config": plain} | environment | {"data_hash": data_hash}
-    params = jax.jit(lambda seed: nnx.split(build_model(plain, task, seed))[1])(plain["seed"])
+    stored = None if mesh is None else sharding.parameter_shardings(nnx.merge(graphdef, shapes), mesh)
+    params = jax.jit(lambda seed: nnx.split(build_model(plain, task, seed))[1], out_shardings=stored)(plain["seed"])
     names = (*COUNTS, *INTERVALS)
     if hasattr(task, "coder"):
         tokenizers.save(task.coder, workdir / "tokenizer")
-    return train.fit(
-        nnx.merge(graphdef, params),
-        task,
-        tx,
-        **{name: plain[name] for name in names},
-        workdir=workdir,
-        progress=progress,
-        label=workdir.name,
-        record=record,
-    )
+    with sharding.use(mesh):
+        return train.fit(
+            nnx.merge(graphdef, params),
+            task,
+            tx,
+            **{name: plain[name] for name in names},
+            workdir=workdir,
+            progress=progress,
+            label=workdir.name,
+            record=record,
+        )
+
+
+def build_mesh(plain: dict[str, Any], model: nnx.Module, task) -> Mesh | None:
+    """The mesh that the config names, checked against devices, batches, time and heads; None for one device."""
+    if not plain.get("mesh"):
+        return None
+    try:
+        mesh = sharding.make_mesh(plain["mesh"])
+        batches = {name: plain[name] for name in ("batch_size", "eval_batch_size")}
+        sharding.check(mesh, batch_sizes=batches, seq_len=getattr(task, "seq_len", None), model=model)
+    except ValueError as error:
+        raise ValueError(f"config.mesh: {error}") from error
+    return mesh
 
 
 def check_workdir(workdir: Path, plain: dict[str, Any], data_hash: str | None = None) -> dict[str, Any] | None:
@@ -75,7 +92,10 @@ def check_workdir(workdir: Path, plain: dict[str, Any], data_hash: str | None = 
     saved = read_json(path)
     if not isinstance(saved.get("config"), dict):
         raise ValueError(f"{path} holds no config: restore it or choose another folder")
-    there, here = (flatten(c) | {"data": h} for c, h in ((saved["config"], saved.get("data_hash")), (plain, data_hash)))
+    there, here = (
+        flatten({name: value for name, value in c.items() if name != "mesh"}) | {"data": h}  # any mesh may go on
+        for c, h in ((saved["config"], saved.get("data_hash")), (plain, data_hash))
+    )
     differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if differing:
         shown = "; ".join(f"{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in differing[:5])

@@ -43,7 +43,7 @@ class Words:
 
 
 def step(name, sizes=None, layers=2):
-    """The compiled train step, what it gives, and where its new parameters lie; descent at rate 1 shows the gradient."""
+    """The train step's program, metrics, gradient (by descent at rate 1) and new state."""
     options = {} if "lstm_block" == name or "min" in name else dict(num_heads=4, chunk_size=4)
     tx = optax.sgd(1.0)
     with sharding.use(sizes and sharding.make_mesh(sizes)):
@@ -85,7 +85,115 @@ def test_a_mesh_gives_one_devices_step(name, sizes, monkeypatch, capfd):
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
+MLSTM_SHAPE = (2, 32, 2, 4)  # B, T, H, K
+
+
+def mlstm_inputs():
+    rng = np.random.default_rng(0)
+    B, T, H, K = MLSTM_SHAPE
+    q, k, v = (rng.normal(size=MLSTM_SHAPE).astype(np.float32) for _ in "qkv")
+    i, f = (rng.normal(size=(B, T, H)).astype(np.float32) + shift for shift in (0, 2))
+    C, n = (rng.normal(size=shape).astype(np.float32) for shape in ((B, H, K, K), (B, H, K)))
+    state = MLSTMState(C, n, rng.normal(size=(B, H)).astype(np.float32))
+    reset = np.zeros((B, T), bool)
+    reset[0, [9, 17]] = True  # in the second row the state crosses all stretches
+    return (q, k, v, i, f, state), reset, rng.random((B, T)) < 0.8
+
+
+def value_and_gradient(function, inputs, sizes):
+    """Of a weighted sum of all that the function returns, under a mesh or without."""
+
+    def loss(inputs):
+        leaves = jax.tree.leaves(function(*inputs))
+        return sum(jnp.sum(jnp.sin(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape) * a) for a in leaves), leaves
+
+    with sharding.use(sizes and sharding.make_mesh(sizes)):
+        program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(inputs).compile()
+        return program.as_text(), jax.device_get(program(inputs))
+
+
+def check_time_sharded(function, inputs, few):
+    """By gathered states where `few` is at least the number of devices, else in rounds."""
+    (_, one), (text, divided) = (value_and_gradient(function, inputs, sizes) for sizes in (None, dict(seq=8)))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(divided), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-5 * max(np.abs(a).max(), 1))
+    found = collectives(text)
+    assert not [c for c in found if c.in_time_loop]
+    kinds = {c.kind for c in found}
+    assert ("collective-permute" in kinds, "all-gather" in kinds) == (few < 8, few >= 8)
+
+
+@pytest.mark.parametrize("few", [1, 16])
+def test_mlstm_over_divided_time(few, monkeypatch):
+    monkeypatch.setattr(time_sharded, "FEW", few)
+    inputs, reset, mask = mlstm_inputs()
+    check_time_sharded(lambda *a: mlstm(*a, chunk_size=4, reset=reset, mask=mask), inputs, few)
+
+
+def linear_inputs():
+    rng = np.random.default_rng(1)
+    a, b = (rng.uniform(0.1, 1, (2, 16, 3)).astype(np.float32) for _ in "ab")
+    reset = np.zeros((2, 16), bool)
+    reset[0, [5, 9]] = True
+    return (a, b, rng.normal(size=(2, 3)).astype(np.float32)), reset
+
+
+def test_linear_recurrence_over_divided_time(monkeypatch):
+    monkeypatch.setattr(time_sharded, "FEW", 1)
+    inputs, reset = linear_inputs()
+    check_time_sharded(lambda *a: linear_recurrence(*a, chunk_size=2, reset=reset), inputs, 1)
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        (dict(data=3), "mesh data=3 does not fit 8 devices: it needs 3"),
+        (dict(data=-1, tensor=3), "does not fit 8 devices: it needs a multiple of 3"),
+        (dict(data=-1, fsdp=-1), "only one can take what is left"),
+        (dict(tensr=2), "unknown mesh axis 'tensr'; nearest: tensor"),
+        (dict(data=0), "mesh axis data is 0: a positive int"),
+    ],
+)
+def test_a_mesh_that_cannot_be(sizes, words):
+    with pytest.raises(ValueError, match=words):
+        sharding.make_mesh(sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        (dict(data=8), r"batch_size=12 does not divide over data x fsdp = 8: take a multiple, such as 8"),
+        (dict(seq=8), r"seq_len=20 does not divide over seq=8"),
+        (dict(tensor=8), r"num_heads=4 of .*mixer.* does not divide over tensor=8"),
+    ],
+)
+def test_what_does_not_divide(sizes, words):
+    options = dict(backbone="xlstm[1:0]", dim=64, num_layers=2, num_heads=4)
+    model = nnx.eval_shape(lambda: models.LM(32, rngs=nnx.Rngs(0), **options))
+    seq_len = 20 if "seq" in sizes else None
+    with pytest.raises(ValueError, match=words):
+        sharding.check(sharding.make_mesh(sizes), batch_sizes={"batch_size": 12}, seq_len=seq_len, model=model)
+
+
+def test_the_rules_speak_of_every_large_weight():
+    sizes = dict(runs=1, data=1, fsdp=4, tensor=2, seq=1)
+    for name in ("xlstm[1:1]", "xlstm_large", "lstm_block", "transformer"):
+        options = dict(backbone=name, dim=512, num_layers=4) | ({} if name == "lstm_block" else dict(num_heads=4))
+        model = nnx.eval_shape(lambda: models.LM(512, rngs=nnx.Rngs(0), **options))  # noqa: B023
+        for parameter, (shape, spec) in sharding.parameter_specs(model, sizes).items():
+            one = shape[1:] if parameter.startswith("backbone") else shape
+            assert "fsdp" in str(spec) or np.prod(one) < sharding.SMALLEST, (parameter, shape, spec)
+    assert sharding.stored_spec("mixer.cell.R", (4, 128, 4, 128), sizes) == P("tensor", "fsdp", None, None)
+    assert sharding.used_spec("mixer.R", (1, 512, 4, 512), sizes) == P(None, None, None, None)  # a dense LSTM is whole
+
+
 def all_meshes():
+    inputs, reset = linear_inputs()
+    check_time_sharded(lambda *a: log_linear_recurrence(*a, chunk_size=2, reset=reset), inputs, 16)
+    inputs, reset, mask = mlstm_inputs()
+    for options in (dict(form="recurrent"), dict(input_gate="sigmoid", normalize=False), dict(input_gate="sigmoid")):
+        check_time_sharded(lambda *a: mlstm(*a, chunk_size=4, reset=reset, mask=mask, **options), inputs, 16)  # noqa: B023
+    print("time divided: as on one device", flush=True)
     sharding.SMALLEST = 64
     for name, meshes in MESHES.items():
         expected = step(name)

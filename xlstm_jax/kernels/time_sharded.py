@@ -6,7 +6,7 @@
 
 An mLSTM's stretch takes the memory (C, n, m) to, with F the sum of its log f and (C', n', m') its end from nothing,
 
-    m'' = max(m + F, m');   C'' = exp(m + F - m'') C + exp(m' - m'') C';   n'' alike      (m'' = m where nothing stabilises)
+    m'' = max(m + F, m');   C'' = exp(m + F - m'') C + exp(m' - m'') C';   n'' alike   (m'' = m without a stabiliser)
 
 and one of a linear recurrence takes h to A h + B. Both compose, and a stretch with a reset in it hands on its own end
 alone. The ends of up to `FEW` devices are gathered at once; of more, they are composed in log2 rounds of `ppermute`.

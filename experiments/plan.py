@@ -1,0 +1,278 @@
+"""What a run would need of TPUs, from the real train step compiled ahead of time: no TPU needed, libtpu is.
+
+    python -m experiments.plan --config=configs/scaling.py:xlstm_1.3b --topology=v5e:16x16
+    python -m experiments.plan --config=... --topology=v5e-256,v5p-128 --json=plan.json --figure=plan.png
+    python -m experiments.plan --config=... --topology=v5e:16x16*2 --search
+
+Topologies: v4, v5e, v5p, v6e, tpu7x, by shape or by the name that a user gives (v5e-256); *2 for two slices. `--search`
+tries batches in powers of two and every `layer_remat`, the cheapest first. `--scale_batch` keeps the rows a chip of the
+first topology on the others (weak scaling). Floors are what the chip's published rates allow if all of
+computation, memory and links overlap; nothing here has been timed.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+if __name__ == "__main__":  # before JAX is imported: libtpu ends a process that has flags of the CPU compiler
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_ID": "0"}
+    os.environ.pop("XLA_FLAGS", None)
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments import command, planning
+from experiments.build import abstract_model, build_optimizer, build_task, resolve
+from experiments.flops import forward_flops
+from experiments.hlo import Collective, collectives
+from experiments.topology import GIB, Topology, topology
+from xlstm_jax import sharding, train
+from xlstm_jax.cells.wrappers import REMAT
+from xlstm_jax.kernels import local
+from xlstm_jax.tasks.task import Batch
+
+CENSUS = {"xla_tpu_enable_async_collective_fusion": "false"}  # else parts of one collective stand in several loops
+
+
+def plan(plain: dict[str, Any], where: Topology) -> dict[str, Any]:
+    """The plan of a resolved config on a topology, as plain numbers; bytes and FLOPs are a chip's."""
+    program, model, mesh, tokens, seconds = compiled(plain, where)
+    chip, chips, steps = where.chip, where.chips, plain["steps"]
+    per_chip = mesh.size / chips  # devices a chip: 1, or 2 where each TensorCore is one
+    found = collectives(program.as_text(), mesh.size // where.slices)
+    memory = program.memory_analysis()
+    specs = sharding.parameter_specs(model, mesh.shape)
+    parameters = sum(a.size for a in jax.tree.leaves(nnx.split(model)[1]))
+    width = jnp.dtype(plain["model"].get("param_dtype") or "float32").itemsize
+    shares = [NamedSharding(mesh, spec).shard_shape(shape) for shape, spec in specs.values()]
+    stored = width * sum(math.prod(share) for share in shares)
+    flops = 3 * forward_flops(model) * tokens / chips
+    state = memory.argument_size_in_bytes * per_chip
+    floors = {
+        "compute": flops / chip.flops,
+        "memory": 2 * state / chip.memory_rate,  # the state is read and written once at least
+        "links": sum(moved(c) for c in found if not c.crosses_slices) * per_chip / chip.link_rate,
+        "network": sum(moved(c) for c in found if c.crosses_slices) * per_chip / chip.network_rate,
+    }
+    floor = max(floors.values())
+    return {
+        "topology": where.name,
+        "chips": chips,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "batch_size": plain["batch_size"],
+        "layer_remat": plain["model"].get("layer_remat", "none"),
+        "parameters": parameters,
+        "parameter_bytes": round(stored * per_chip),
+        "optimizer_bytes": round(state - stored * per_chip),
+        "peak_bytes": round(memory.peak_memory_in_bytes * per_chip),
+        "limit_bytes": round(chip.memory),
+        "collectives": summed(found),
+        "in_time_loops": sum(c.count for c in found if c.in_time_loop),
+        "link_bytes": round(sum(moved(c) for c in found if not c.crosses_slices) * per_chip),
+        "network_bytes": round(sum(moved(c) for c in found if c.crosses_slices) * per_chip),
+        "model_flops": flops,
+        "floors": floors,
+        "step_seconds": floor,
+        "mfu_bound": flops / chip.flops / floor,
+        "tokens_a_step": tokens,
+        "tokens": tokens * steps,
+        "chip_hours": floor * steps * chips / 3600,
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+def compiled(plain: dict[str, Any], where: Topology):
+    """The train step's program for a topology; the abstract model, the mesh, tokens a step and seconds of compiling."""
+    task = abstract_task(plain)
+    tx = build_optimizer(plain)
+    graphdef, params = abstract_model(plain, task)
+    model = nnx.merge(graphdef, params)
+    mesh = sharding.make_mesh(plain.get("mesh"), where.devices())
+    rows = plain["batch_size"]
+    batch = task.shapes(rows)
+    sharding.check(mesh, batch_sizes={"batch_size": rows}, seq_len=batch.inputs.shape[1], model=model)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    carry = jax.eval_shape(lambda: model.initial_state(rows)) if task.carries_state else ()
+    state = train.TrainState(params, jax.eval_shape(tx.init, params), scalar, carry, scalar)
+    specs = sharding.state_specs(state, model, mesh.shape)
+
+    def placed(leaf, spec):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    def step(state, batch):
+        held = SimpleNamespace(**vars(task), batch=lambda *_: batch)
+        return train.train_step(state, graphdef=graphdef, task=held, tx=tx, batch_size=rows)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        divided = PartitionSpec(local.axes_for(rows, local.ROWS), local.axes_for(batch.inputs.shape[1], ("seq",)))
+        batch = jax.tree.map(lambda leaf: placed(leaf, divided), batch)
+        start = time.monotonic()
+        lowered = jax.jit(step, donate_argnums=0).lower(jax.tree.map(placed, state, specs), batch)
+        program = lowered.compile(compiler_options=CENSUS)
+    return program, model, mesh, rows * batch.inputs.shape[1], time.monotonic() - start
+
+
+def abstract_task(plain: dict[str, Any]) -> SimpleNamespace:
+    """The task's sizes and the shapes of its batches; a corpus of token ids is not read, as `ids:SIZE` says enough."""
+    options = plain["task"]
+    if options.get("name") == "text_lm" and str(options.get("tokenizer")).startswith("ids:"):
+        words = int(options["tokenizer"].removeprefix("ids:"))
+        sizes = dict(vocab_size=words, num_classes=words, carries_state=options.get("carries_state", True))
+
+        def shapes(rows):
+            tokens, weights = (jax.ShapeDtypeStruct((rows, options["seq_len"]), t) for t in (jnp.int32, jnp.float32))
+            reset = jax.ShapeDtypeStruct(tokens.shape, bool) if sizes["carries_state"] else None
+            return Batch(tokens, tokens, weights, None, reset)
+
+    else:
+        task = build_task(plain)
+        sizes = {name: getattr(task, name) for name in ("vocab_size", "num_classes", "carries_state")}
+
+        def shapes(rows):
+            return jax.eval_shape(lambda: task.batch("train", 0, 0, rows))
+
+    return SimpleNamespace(**sizes, shapes=shapes, **{name: options.get(name, 0.0) for name in ("ar", "tar")})
+
+
+def moved(c: Collective) -> float:
+    """Bytes that a device sends for all runs of a collective in a step, by the ring algorithms."""
+    share = (c.group - 1) / c.group
+    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(c.kind, share)
+    return factor * c.bytes * c.count
+
+
+def summed(found: list[Collective]) -> dict[str, dict[str, int]]:
+    """{kind: {count, bytes}} a step."""
+    kinds = sorted({c.kind for c in found})
+    return {
+        kind: {
+            "count": sum(c.count for c in found if c.kind == kind),
+            "bytes": sum(c.count * c.bytes for c in found if c.kind == kind),
+        }
+        for kind in kinds
+    }
+
+
+def fits(plain: dict[str, Any], where: Topology) -> dict[str, Any] | None:
+    """The plan, None where memory does not suffice."""
+    try:
+        found = plan(plain, where)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None
+        raise
+    return found if found["peak_bytes"] <= found["limit_bytes"] else None
+
+
+def search(plain: dict[str, Any], where: Topology, say=print) -> dict[str, Any]:
+    """The plan with the largest batch that fits, and among the ways of `layer_remat` that reach it the cheapest."""
+    mesh = sharding.make_mesh(plain.get("mesh"), where.devices()).shape
+    least, best = mesh["data"] * mesh["fsdp"], None
+    for remat in REMAT:
+        rows = best["batch_size"] * 2 if best else least  # only a larger batch is worth a dearer way
+        while True:
+            found = fits(plain | {"batch_size": rows, "model": plain["model"] | {"layer_remat": remat}}, where)
+            say(f"layer_remat={remat}, batch_size={rows}: {'fits' if found else 'does not fit'}", flush=True)
+            if found is None:
+                break
+            best, rows = found, rows * 2
+    if best is None:
+        raise ValueError(f"{least} rows do not fit {where.name}, one a device: take more chips, or fsdp and tensor")
+    return best
+
+
+def table(found: dict[str, Any]) -> str:
+    """One plan in words."""
+    gib = lambda n: f"{n / GIB:.2f} GiB"  # noqa: E731
+    seconds = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in found["floors"].items())
+    kinds = ", ".join(f"{c['count']} {kind} ({gib(c['bytes'])})" for kind, c in found["collectives"].items())
+    rows = {
+        "topology": f"{found['topology']}, {found['chips']} chips; mesh {found['mesh']}",
+        "model": f"{found['parameters'] / 1e9:.3f} B parameters; layer_remat={found['layer_remat']}",
+        "batch": f"{found['batch_size']} rows, {found['tokens_a_step']:,} tokens a step",
+        "stored a chip": f"parameters {gib(found['parameter_bytes'])}, optimiser {gib(found['optimizer_bytes'])}",
+        "peak a chip": f"{gib(found['peak_bytes'])} of {gib(found['limit_bytes'])}",
+        "collectives a step": kinds or "none",
+        "in loops over time": f"{found['in_time_loops']}" + ("" if found["in_time_loops"] == 0 else "  <- SLOW"),
+        "model FLOPs a chip": f"{found['model_flops']:.3g} a step",
+        "floors, ms a step": seconds,
+        "step at least": f"{1e3 * found['step_seconds']:.1f} ms; MFU at most {found['mfu_bound']:.2f}",
+        "run": f"{found['tokens']:.3g} tokens, at least {found['chip_hours']:,.0f} chip hours",
+        "compiled in": f"{found['compile_seconds']} s",
+    }
+    return "\n".join(f"{name:20}{value}" for name, value in rows.items())
+
+
+def figure(plans: list[dict[str, Any]], path: Path) -> None:
+    """Memory, bytes moved and floor of the step time, a chip each, over the topologies; a line a batch's scaling."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "peak memory a chip (GiB)": lambda p: p["peak_bytes"] / GIB,
+        "bytes sent a chip and step (GiB)": lambda p: (p["link_bytes"] + p["network_bytes"]) / GIB,
+        "floor of the step time (s)": lambda p: p["step_seconds"],
+    }
+    groups = {}
+    for each in plans:
+        groups.setdefault(each.get("scaling", each["topology"].partition(":")[0]), []).append(each)
+    drawn, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for ax, (title, value) in zip(axes, panels.items()):
+        for label, members in groups.items():
+            members = sorted(members, key=lambda p: p["chips"])
+            ax.plot([p["chips"] for p in members], [value(p) for p in members], marker="o", label=label)
+        ax.set(title=title, xlabel="chips", xscale="log", yscale="log")
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    drawn.savefig(path, dpi=120)
+    plt.close(drawn)
+
+
+@command.exit_code
+def main(argv: list[str]) -> int:
+    arguments = command.Arguments("plan", __doc__)
+    arguments.add_argument("--config", required=True, help="FILE.py[:arg]")
+    arguments.add_argument("--topology", required=True, help="v5e:16x16, v5e-256, v5e:16x16*2; several with commas")
+    arguments.add_argument("--search", action="store_true", help="the largest batch and the cheapest remat that fit")
+    arguments.add_argument("--scale_batch", action="store_true", help="the batch grows with the chips")
+    arguments.add_argument("--json", type=Path, help="write the plans to this file")
+    arguments.add_argument("--figure", type=Path, help="draw the plans into this file")
+    options = arguments.with_overrides(argv)
+    places = [topology(name) for name in options.topology.split(",")]
+    config, _ = planning.read(options.config, options.overrides)
+    plain = resolve(config)
+    plans = []
+    for place in places:
+        scaled = plain
+        if options.scale_batch:
+            scaled = plain | {"batch_size": plain["batch_size"] * place.chips // places[0].chips}
+        try:
+            found = search(scaled, place) if options.search else plan(scaled, place)
+        except jax.errors.JaxRuntimeError as error:
+            words = " ".join(str(error).split())
+            raise ValueError(f"{place.name}: {words[:300]}") from error
+        found = {"config": options.config, "overrides": options.overrides} | found
+        if len(places) > 1:
+            found["scaling"] = "batch grows with the chips" if options.scale_batch else "one batch"
+        plans.append(found)
+        print(table(found) + "\n", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(plans[0] if len(plans) == 1 else plans, indent=1) + "\n", encoding="utf-8")
+    if options.figure:
+        figure(plans, options.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
