@@ -248,6 +248,7 @@ def test_published_weights(tmp_path, capsys, monkeypatch):
     refused([at], "has no tokenizer.json beside its weights: give --tokenizer=bytes", capsys)
     refused([at, "--tokenizer=bytes"], "the model has 320 tokens, tokenizer 'bytes' 256", capsys)
     refused([at, "--tokenizer=bpe:300"], "--tokenizer=bpe:300 needs training text", capsys)
+    pytest.importorskip("tokenizers")
     coder = tokenizers.train_bpe([b"in the beginning god created the heaven and the earth"], 280)
     (folder / "tokenizer.json").write_bytes(coder.content())
     assert answer([at, "--prompt=in the", "--length=6"], capsys).startswith("in the")

@@ -1,6 +1,6 @@
 """Evaluation: a task's split as it was trained on, or a language model on token streams of any length.
 
-    evaluate(model, task, "test", batch_size)           a task's metrics, the state carried along where the task asks for it
+    evaluate(model, task, "test", batch_size)           a task's metrics, its state carried where the task asks for it
     nll = stream_losses(model, tokens, 512)             nats of each token but the first, read in windows of 512
     summary(nll, *text_size(tokenizer, tokens[1:]))     perplexity, bits a byte, bits a character
     by_position(nll, 512), by_document(nll, tokens, end)
