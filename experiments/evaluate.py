@@ -33,6 +33,7 @@ from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.evaluate import by_document, by_position, stream_losses, summary, text_size
 from xlstm_jax.names import unknown
 from xlstm_jax.tasks.task import split_index
+from xlstm_jax.text import check_vocabulary
 
 BY = ("none", "position", "document")
 DEFAULT_CONTEXT = 512
@@ -70,7 +71,7 @@ def of_checkpoint(path: Path, tokenizer: str | None, split: str, data: str | Non
     if data is None:
         raise ValueError("--checkpoint needs --data, the corpus to evaluate on (experiments.data list)")
     model, coder = generate.load_published(path, tokenizer)
-    generate.check_vocabulary(model, coder)
+    check_vocabulary(model, coder)
     return Subject(path.name, model, coder, *of_corpus(data, data_dir, split, coder), None)
 
 

@@ -4,15 +4,14 @@ import functools
 import json
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 
 from experiments import evaluate as script
 from experiments import generate as generate_script
-from experiments import train as train_script
-from tests.configs import tiny
+from tests import run_folder
 from xlstm_jax import models
 from xlstm_jax.data import tokenizers
 from xlstm_jax.evaluate import (
@@ -36,7 +35,7 @@ def model():
 
 def alone(tokens):
     """Nats of all tokens but the first by one call without chunks, and whether each was the likeliest."""
-    logits = np.asarray(model()(tokens[None, :-1].astype(np.int32))[0][0], np.float64)
+    logits = np.asarray(model()(jnp.asarray(tokens[None, :-1], jnp.int32))[0][0], np.float64)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return -log_p[np.arange(len(log_p)), tokens[1:]], np.argmax(log_p, axis=1) == tokens[1:]
 
@@ -118,13 +117,7 @@ def test_wrong_streams(change, message):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run of two steps over bytes."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_script, "use_compilation_cache", lambda: None)
-        patch.setattr(train_script.train, "evaluate_params", lambda *_: {"loss": 0.0})
-        train_script.run(ConfigDict(tiny.get_config("lm").to_dict() | {"steps": 2}), folder, progress=False)
-    return folder
+    return run_folder.write(tmp_path_factory.mktemp("runs") / "tiny")
 
 
 @pytest.fixture(autouse=True)

@@ -118,13 +118,13 @@ def _chunk_scores(params, state, inputs, targets, mask, reset, *, graphdef):
 
 def row_scores(
     model: nnx.Module,
-    rows: Sequence[Shaped[np.ndarray, " N"]],
+    rows: Sequence[np.ndarray],
     *,
     batch_size: int = 8,
     chunk: int = 256,
     end: int | None = None,
-) -> Iterator[tuple[Float[np.ndarray, " N-1"], Float[np.ndarray, " N-1"]]]:
-    """For each row of tokens, read from the empty state: nats of all but the first, and 1.0 where it was the likeliest.
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each row of tokens (N,), read from the empty state: nats of all but the first (N - 1,), and 1.0 where likeliest.
 
     `batch_size` rows at once, `chunk` tokens at a time. end: the token that begins a document, at which the state is
     emptied.
@@ -193,7 +193,7 @@ def text_size(tokenizer: Tokenizer, tokens: Shaped[np.ndarray, " N"]) -> tuple[i
 
 def summary(
     nll: Float[ArrayLike, " N"], num_bytes: int | None = None, num_characters: int | None = None
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Tokens, nats a token, perplexity, and bits a byte and a character of the text if their number is known."""
     total, count = math.fsum(np.asarray(nll, np.float64)), len(nll)
     row = {"tokens": count, "loss": total / count, "perplexity": math.exp(min(total / count, 700.0))}
@@ -211,7 +211,7 @@ def position_edges(length: int) -> list[int]:
     return edges
 
 
-def by_position(nll: Float[ArrayLike, " N"], length: int) -> list[dict[str, float]]:
+def by_position(nll: Float[ArrayLike, " N"], length: int) -> list[dict[str, float | int]]:
     """Mean loss by how many tokens of the window came before the input, in `position_edges`; empty ones left out."""
     nll = np.asarray(nll, np.float64)
     position, rows = np.arange(nll.size) % length, []
@@ -222,7 +222,9 @@ def by_position(nll: Float[ArrayLike, " N"], length: int) -> list[dict[str, floa
     return rows
 
 
-def by_document(nll: Float[ArrayLike, " N"], tokens: Int[ArrayLike, " M"], end: int | None) -> list[dict[str, float]]:
+def by_document(
+    nll: Float[ArrayLike, " N"], tokens: Int[ArrayLike, " M"], end: int | None
+) -> list[dict[str, float | int]]:
     """Mean loss of each document, its own end included; `tokens` with the first, which has no loss."""
     if end is None:
         raise ValueError("the data is one running text: there are no documents to tell apart")
