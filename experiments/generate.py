@@ -13,12 +13,11 @@
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 
 from experiments import command
@@ -27,13 +26,12 @@ from experiments.train import read_json, use_compilation_cache
 from xlstm_jax import convert
 from xlstm_jax.checkpoint import Checkpoints
 from xlstm_jax.data import tokenizers
-from xlstm_jax.generate import PLAIN, Sampling, beam_search, stream
-from xlstm_jax.layers import round_up
+from xlstm_jax.generate import PLAIN, Sampling
 from xlstm_jax.models import LM
+from xlstm_jax.text import best, check_vocabulary, continuations, settled
 
 STREAM_BLOCK = 8  # tokens that appear at once
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
 
 
 class Run(NamedTuple):
@@ -96,15 +94,6 @@ def load_published(path: str | Path, tokenizer: str | None = None) -> tuple[LM, 
     return model, coder
 
 
-def check_vocabulary(model: LM, tokenizer: tokenizers.Tokenizer) -> None:
-    """The model's ids are the tokeniser's, but for a rounding up to a multiple of 64, as published models have it."""
-    ours, theirs = model.vocab_size, tokenizer.vocab_size
-    if ours not in (theirs, round_up(theirs, 64), round_up(theirs, 128)):
-        raise ValueError(
-            f"the model has {ours} tokens, tokenizer {tokenizer.name!r} {theirs}: they do not belong together"
-        )
-
-
 def chosen(options: Any) -> tuple[LM, tokenizers.Tokenizer]:
     """The model and the tokeniser of --workdir or --checkpoint and --tokenizer."""
     if (options.workdir is None) == (options.checkpoint is None):
@@ -119,45 +108,6 @@ def chosen(options: Any) -> tuple[LM, tokenizers.Tokenizer]:
     return model, tokenizer
 
 
-def encoded(tokenizer: tokenizers.Tokenizer, prompt: str | bytes) -> np.ndarray:
-    """The prompt's tokens, at least one."""
-    if not prompt:
-        raise ValueError("the prompt is empty: give at least one character")
-    return tokenizer.encode(prompt)
-
-
-def kept(tokens: Iterable[int], tokenizer: tokenizers.Tokenizer, stop: Sequence[str] = ()) -> tuple[str, bool]:
-    """The text of the tokens, padding left out, up to the first of the stop texts; and whether there was one."""
-    tokens = np.asarray(tokens)
-    text = tokenizer.decode(tokens[tokens >= 0])
-    ends = [place for place in map(text.find, stop) if place >= 0]
-    return text[: min(ends)] if ends else text, bool(ends)
-
-
-def pieces(
-    model: nnx.Module,
-    prompt: str | bytes,
-    length: int,
-    tokenizer: tokenizers.Tokenizer,
-    key: jax.Array,
-    sampling: Sampling = PLAIN,
-    stop: Sequence[str] = (),
-    rows: int = 1,
-    **options: Any,
-) -> Iterator[list[str]]:
-    """The continuations so far, row by row, each time more tokens have come; ends when all rows have ended."""
-    ends = () if tokenizer.end is None else (tokenizer.end,)
-    options |= dict(stop=ends, num_tokens=min(tokenizer.vocab_size, model.vocab_size))
-    blocks = stream(model, [encoded(tokenizer, prompt)] * rows, length, key, sampling, **options)
-    tokens = np.zeros((rows, 0), np.int32)
-    for block in blocks:
-        tokens = np.concatenate([tokens, block], axis=1)
-        texts, ended = zip(*(kept(row, tokenizer, stop) for row in tokens))
-        yield list(texts)
-        if all(ended):
-            return
-
-
 def text(
     model: nnx.Module,
     prompt: str | bytes,
@@ -169,34 +119,9 @@ def text(
     stop: Sequence[str] = (),
 ) -> list[str]:
     """`rows` continuations of the prompt, `length` tokens each (bytes by default); no UTF-8: the replacement sign."""
-    *_, last = pieces(
-        model, prompt, length, tokenizer or tokenizers.Bytes(), jax.random.key(seed), sampling, stop, rows
-    )
+    tokenizer, key = tokenizer or tokenizers.Bytes(), jax.random.key(seed)
+    *_, last = continuations(model, tokenizer, [prompt] * rows, length, key, sampling, stop=stop)
     return last
-
-
-def beams_text(
-    model: nnx.Module,
-    prompt: str | bytes,
-    length: int,
-    tokenizer: tokenizers.Tokenizer,
-    beams: int,
-    length_penalty: float,
-    stop: Sequence[str],
-) -> list[str]:
-    """The best continuations by beam search, best first, each cut at the first of the stop texts."""
-    ends = () if tokenizer.end is None else (tokenizer.end,)
-    vocabulary = min(tokenizer.vocab_size, model.vocab_size)
-    options = dict(length_penalty=length_penalty, stop=ends, num_tokens=vocabulary)
-    found = beam_search(model, [encoded(tokenizer, prompt)], length, beams, **options)
-    return [kept(row, tokenizer, stop)[0] for row in found.tokens[0]]
-
-
-def settled(text: str, stop: Sequence[str]) -> str:
-    """What no later token can change: without a character's first bytes, and without what may begin a stop text."""
-    text = text.rstrip(UNFINISHED)
-    held = max((n for end in stop for n in range(1, len(end)) if text.endswith(end[:n])), default=0)
-    return text[: len(text) - held]
 
 
 def show(texts: Iterator[list[str]], stop: Sequence[str]) -> None:
@@ -245,18 +170,12 @@ def main(argv: list[str]) -> int:
     before = prompt if isinstance(prompt, str) else prompt.decode(errors="replace")
     if options.beams:
         penalty = 1.0 if options.length_penalty is None else options.length_penalty
-        texts = beams_text(model, prompt, options.length, tokenizer, options.beams, penalty, options.stop)
+        search = dict(length_penalty=penalty, stop=options.stop)
+        texts = best(model, tokenizer, prompt, options.length, options.beams, **search)
     elif options.stream:
-        arrived = pieces(
-            model,
-            prompt,
-            options.length,
-            tokenizer,
-            jax.random.key(options.seed),
-            sampling,
-            options.stop,
-            block=STREAM_BLOCK,
-        )
+        draws = jax.random.key(options.seed), sampling
+        ends = dict(stop=options.stop, block=STREAM_BLOCK)
+        arrived = continuations(model, tokenizer, [prompt], options.length, *draws, **ends)
         first = next(arrived)  # whatever is wrong is said before anything is printed
         print(before, end="", flush=True)
         show(itertools.chain([first], arrived), options.stop)

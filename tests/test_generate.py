@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 
 from experiments import generate as script
-from experiments import train as train_script
+from tests import run_folder
 from tests.configs import tiny
 from xlstm_jax import convert, generate, models
 from xlstm_jax.data import tokenizers
 from xlstm_jax.generate import GREEDY, PADDING, Sampling, beam_search, bucket, candidates, draw, penalised, stream
+from xlstm_jax.text import settled
 
 VOCAB = 7
 PROMPTS = [[0, 1, 2, 5, 6, 3, 3, 1, 0], [4], [2, 2, 6, 1]]
@@ -201,13 +201,8 @@ def test_wrong_beams(beams, message):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """The folder of a run of two steps over bytes."""
-    for module in (train_script, script):
-        monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
-    monkeypatch.setattr(train_script.train, "evaluate_params", lambda *_: {"loss": 0.0})
-    plain = tiny.get_config("lm").to_dict() | {"steps": 2}
-    train_script.run(ConfigDict(plain), tmp_path / "run", progress=False)
-    return tmp_path / "run"
+    monkeypatch.setattr(script, "use_compilation_cache", lambda: None)
+    return run_folder.write(tmp_path / "run")
 
 
 def answer(arguments, capsys):
@@ -215,7 +210,7 @@ def answer(arguments, capsys):
     return capsys.readouterr().out
 
 
-def test_a_trained_run_writes_text(run, tmp_path, capsys):
+def test_a_run_writes_text(run, tmp_path, capsys):
     folder, prompt = f"--workdir={run}", "--prompt=And "
     text = answer([folder, prompt, "--length=12"], capsys)
     assert text.startswith("And ") and len(text) > 4
@@ -248,6 +243,7 @@ def test_published_weights(tmp_path, capsys, monkeypatch):
     refused([at], "has no tokenizer.json beside its weights: give --tokenizer=bytes", capsys)
     refused([at, "--tokenizer=bytes"], "the model has 320 tokens, tokenizer 'bytes' 256", capsys)
     refused([at, "--tokenizer=bpe:300"], "--tokenizer=bpe:300 needs training text", capsys)
+    pytest.importorskip("tokenizers")
     coder = tokenizers.train_bpe([b"in the beginning god created the heaven and the earth"], 280)
     (folder / "tokenizer.json").write_bytes(coder.content())
     assert answer([at, "--prompt=in the", "--length=6"], capsys).startswith("in the")
@@ -255,8 +251,8 @@ def test_published_weights(tmp_path, capsys, monkeypatch):
 
 
 def test_characters_that_may_still_change_wait():
-    assert script.settled("abc\N{REPLACEMENT CHARACTER}", ()) == "abc"
-    assert script.settled("one\n", ("\n\n", "x")) == "one"
+    assert settled("abc\N{REPLACEMENT CHARACTER}", ()) == "abc"
+    assert settled("one\n", ("\n\n", "x")) == "one"
 
 
 @pytest.mark.parametrize(
