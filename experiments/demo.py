@@ -17,7 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments import command, generate, launch, rows, sweep, table
+from experiments import command, generate, launch, rows, table
+from experiments.launchers import local
 from experiments.planning import ROOT, Run, Sweep, load, validate
 from xlstm_jax import metrics
 from xlstm_jax.generate import Sampling
@@ -86,8 +87,9 @@ def demo(workdir: Path, preset: str, workers: int, console: Console) -> int:
 
 def train(each: Sweep, folder: Path, workers: int, console: Console, title: str, later: float) -> None:
     """What is missing of a sweep, by several processes."""
-    worker = sweep.worker_command(each.source, folder)
-    launch.local(each, folder, worker, workers=workers, console=console, title=title, later=later)
+    rows.retry(folder, each.runs)
+    worker = local.worker_command(each.source, folder)
+    local.run(each, folder, worker, {"workers": workers}, console, title=title, later=later)
 
 
 def remaining(each: Sweep, folder: Path, workers: int) -> float:

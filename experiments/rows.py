@@ -2,8 +2,10 @@
 
 DIR/sweep.json       the base config; another config is refused
 DIR/results.jsonl    one row a finished run
-DIR/runs/<id>/       the run's own folder; error.txt if it failed
-DIR/locks/<id>       held by the process that runs it, released by the system even if that process is killed
+DIR/submitted.jsonl  one row a job that was handed to a cluster: its runs, and its name there
+DIR/runs/<id>/       the run's own folder; error.txt if it failed, error-1.txt, … from earlier attempts
+DIR/locks/<id>       held by the process that runs it (its number is in it), released by the system even if it is killed
+DIR/logs/            what workers and jobs printed
 
 A row's `seconds` are those of training and evaluation, added up over all calls that it took (a killed run's first part
 included); its `wall_seconds` are those of the last call alone, set-up included: what the time left is reckoned from.
@@ -14,7 +16,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ RESULTS = "results.jsonl"
 def prepare(workdir: Path, sweep: Sweep) -> None:
     """Make the folder this sweep's; refuse one that cannot be written or that holds another config's runs."""
     try:
-        for name in ("runs", "locks"):
+        for name in ("runs", "locks", "logs"):
             (workdir / name).mkdir(parents=True, exist_ok=True)
         check(workdir, sweep)
         if not (workdir / "sweep.json").exists():
@@ -69,23 +71,65 @@ def read(workdir: Path) -> dict[str, dict]:
 
 def append(workdir: Path, row: dict[str, Any]) -> None:
     """Add one row, whole and on disk when this returns; a cut last line is removed first; no id twice."""
-    with open(workdir / RESULTS, "a+b") as file:
+    with open(workdir / RESULTS, "a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        content = file.read()
+        whole = file.read().rfind(b"\n") + 1
         if row["id"] in read(workdir):
             return
-        file.truncate(content.rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        file.truncate(whole)
+        line = memoryview(json.dumps(row).encode() + b"\n")
+        try:
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError:  # a full disk: nothing of the row stays
+            file.truncate(whole)
+            raise
 
 
 @contextlib.contextmanager
 def claim(workdir: Path, run: Run) -> Iterator[bool]:
     """True while this process alone may run it; False if another process is at it."""
-    with open(workdir / "locks" / run.id, "w") as file:
-        yield any(_locked(file, fcntl.LOCK_EX, wait) for wait in (0.0, 0.02, 0.05))
+    with open(workdir / "locks" / run.id, "a+") as file:
+        mine = any(_locked(file, fcntl.LOCK_EX, wait) for wait in (0.0, 0.02, 0.05))
+        if mine:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield mine
+
+
+@contextlib.contextmanager
+def alone(workdir: Path, what: str) -> Iterator[str | None]:
+    """None while this process alone does `what` in the folder; else the number of the process that is at it."""
+    with open(workdir / "locks" / f".{what}", "a+") as file:
+        if _locked(file, fcntl.LOCK_EX):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield None
+        else:
+            file.seek(0)
+            yield file.read() or "unknown"
+
+
+def retry(workdir: Path, runs: list[Run]) -> None:
+    """Let the failed runs be missing again; their error.txt stays as error-1.txt, error-2.txt, …"""
+    for run in runs:
+        with claim(workdir, run) as mine:
+            if mine and (file := error_file(workdir, run)).exists():
+                number = sum(1 for _ in file.parent.glob("error-*.txt")) + 1
+                file.rename(file.with_name(f"error-{number}.txt"))
+
+
+def holder(workdir: Path, run: Run) -> tuple[int, float] | None:
+    """Number of the process that last took up the run, and when (seconds since 1970)."""
+    lock = workdir / "locks" / run.id
+    try:
+        return int(lock.read_text()), lock.stat().st_mtime
+    except (OSError, ValueError):
+        return None
 
 
 def _locked(file, kind: int, wait: float = 0.0) -> bool:
@@ -116,7 +160,16 @@ def error_file(workdir: Path, run: Run) -> Path:
 
 def last_metrics(workdir: Path, run: Run) -> dict:
     """The newest training row that the run has written, or {}."""
-    file = workdir / "runs" / run.id / "metrics.jsonl"
+    return _last(workdir / "runs" / run.id / "metrics.jsonl", lambda row: row.get("split") == "train")
+
+
+def steps_per_second(workdir: Path, run: Run) -> float | None:
+    """The newest speed that the run has written."""
+    return _last(workdir / "runs" / run.id / "timing.jsonl", lambda row: True).get("steps_per_second")
+
+
+def _last(file: Path, wanted: Callable[[dict], bool]) -> dict:
+    """The last wanted row among the last few kilobytes of a JSON-lines file, or {}."""
     if not file.exists():
         return {}
     with open(file, "rb") as lines:
@@ -124,6 +177,6 @@ def last_metrics(workdir: Path, run: Run) -> dict:
         for line in reversed(lines.read().split(b"\n")[:-1]):
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                if isinstance(row, dict) and row.get("split") == "train":
+                if isinstance(row, dict) and wanted(row):
                     return row
     return {}

@@ -1,84 +1,132 @@
-"""All runs of a config: python -m experiments.sweep plan|run|status --config=configs/F.py[:arg] --workdir=DIR
+"""All runs of a config: python -m experiments.sweep ACTION --config=configs/F.py[:arg] --workdir=DIR
 
     plan      every run: its number, state and id; starts nothing
-    run       does what is missing; the same command goes on after an interruption, and repeats what had failed
-    status    how far it is, and what the finished runs scored
+    run       does what is missing; the same command goes on after an interruption
+    submit    starts what is missing and returns (local, slurm, ray with an address); again: only what is still missing
+    status    how far it is, and what the finished runs scored; --watch: until all have ended
 
-    --launcher=inline|local    inline: one run after the other in this process; local: several processes on this machine
-    --workers=N                for local; the number of cores if left out
-    --index=K                  only the K-th run of the plan, from 0
-    --config.a.b=v             changes a field for all runs but those that the sweep itself gives another value
+    --launcher=NAME    inline: one run after the other in this process (if left out)
+                       local: several processes on this machine    --workers=N or as many as cores and memory hold
+                       slurm: jobs of an array (submitit)           ray: tasks on a Ray cluster, or on one it starts
+    --launcher_option=name=value    local: workers memory; slurm: partition time gpus_per_node runs_per_job …;
+                       ray: address cpus gpus; a wrong name lists the nearest
+    --retry=failed     also what had failed; without it a failed run is only named
+    --index=K          only the K-th run of the plan, from 0
+    --config.a.b=v     changes a field for all runs but those that the sweep itself gives another value
 
 Exit codes: 0 all asked-for runs are done, 1 some are not (a list says which), 2 something in the request is wrong.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from experiments import command, launch, rows
+from experiments import command, launch, launchers, rows, status
+from experiments.launchers.local import share_cores, worker_command
 from experiments.planning import Sweep, headline, load, validate
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; `overrides` holds the --config.a.b=v as "a.b=v"."""
     parser = command.Arguments("sweep", __doc__)
-    parser.add_argument("action", choices=("plan", "run", "status"))
+    parser.add_argument("action", choices=("plan", "run", "submit", "status"))
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir", type=command.folder, required=True)
-    parser.add_argument("--launcher", choices=("inline", "local"), default="inline")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--launcher", choices=launchers.NAMES, default="inline")
+    parser.add_argument("--launcher_option", action="append", default=[])
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--retry", choices=("failed",))
+    parser.add_argument("--watch", action="store_true")
     parser.add_argument("--index", type=int)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # K/N, set by the local launcher
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # K/N, set by a launcher
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # ID,ID, set by a launcher
     return parser.with_overrides(argv)
 
 
-def worker_command(source: str, workdir: Path, overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
-    """What the local launcher starts."""
-    changed = [f"--config.{word}" for word in overrides]
-    return [sys.executable, "-m", "experiments.sweep", "run", f"--config={source}", f"--workdir={workdir}", *changed]
-
-
 def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=None) -> int:
-    """Does what is missing; returns the exit code."""
+    """Does, or submits, what is missing; returns the exit code."""
     from experiments import train
 
     workdir = options.workdir
     run_one = run_one or train.run
-    if options.worker:
-        index, workers = map(int, options.worker.split("/"))
-        launch.end_with_parent()
-        launch.share_cores(index, workers)
-        launch.inline(sweep, workdir, run_one, console=console, worker=(index, workers), progress=False)
+    if options.worker or options.only:
+        work(sweep, options, console, run_one)
         return 0
-    if options.index is not None and not 0 <= options.index < len(sweep.runs):
-        raise ValueError(f"--index={options.index}: the sweep has runs 0 to {len(sweep.runs) - 1}")
-    if options.workers < 1:
-        raise ValueError(f"--workers={options.workers}: at least 1 is needed")
+    found = check(options, sweep)
     configs = [sweep.config(run) for run in sweep.runs]
     say(console, headline(sweep.source, sweep.module, configs, workdir))
     if run_one is train.run:
         validate(sweep)
     rows.prepare(workdir, sweep)
-    if all(run.id in rows.read(workdir) for run in sweep.runs):
-        say(console, "every run was finished already: nothing to train")
     if options.index is not None:
-        asked = sweep.runs[options.index : options.index + 1]
-        launch.inline(sweep, workdir, run_one, console=console, runs=asked)
-        sweep = sweep._replace(runs=asked)
-    elif options.launcher == "local":
-        worker = worker_command(options.config, workdir, options.overrides)
-        launch.local(sweep, workdir, worker, workers=options.workers, console=console)
-    else:
-        launch.inline(sweep, workdir, run_one, console=console)
+        sweep = sweep._replace(runs=sweep.runs[options.index : options.index + 1])
+    if options.retry:
+        rows.retry(workdir, sweep.runs)
+    done = rows.read(workdir)
+    if all(run.id in done for run in sweep.runs):
+        say(console, "every run was finished already: nothing to train")
+    with launch.telling_of_a_full_disk(sweep, workdir):
+        if options.action == "submit":
+            return submit(sweep, options, found, console)
+        with rows.alone(workdir, "launcher") as other:
+            if other:
+                say(console, f"process {other} is a launcher at work on this folder: sharing what is missing with it")
+            if options.launcher == "inline":
+                launch.inline(sweep, workdir, run_one, console=console)
+            else:
+                worker = worker_command(options.config, workdir, options.overrides)
+                launchers.get(options.launcher).run(sweep, workdir, worker, found, console)
     left = list(launch.failures(sweep, workdir))
     for line in left:
         say(console, line)
+    if any(line.startswith("failed") for line in left):
+        say(console, "--retry=failed runs the failed ones again")
     say(console, f"{len(sweep.runs) - len(left)} of {len(sweep.runs)} runs done: {workdir / rows.RESULTS}")
     return 1 if left else 0
+
+
+def submit(sweep: Sweep, options: argparse.Namespace, found: dict, console: Console) -> int:
+    """Starts what is missing, unless somebody is at it already."""
+    with rows.alone(options.workdir, "launcher") as other:
+        pass
+    with rows.alone(options.workdir, "submit") as submitting:
+        if other or submitting:
+            say(console, f"process {other or submitting} is a launcher at work on this folder: nothing submitted")
+        else:
+            worker = worker_command(options.config, options.workdir, options.overrides)
+            launchers.get(options.launcher).submit(sweep, options.workdir, worker, found, console)
+    return 0
+
+
+def work(sweep: Sweep, options: argparse.Namespace, console: Console, run_one) -> None:
+    """What a launcher starts: some runs, one after the other, for as long as whoever started this lives."""
+    launch.end_with_parent()
+    share = (0, 1)
+    if options.worker:
+        share = tuple(map(int, options.worker.split("/")))
+        share_cores(*share)
+    names = options.only.split(",") if options.only else None
+    runs = [run for run in sweep.runs if names is None or run.id in names]
+    launch.inline(sweep, options.workdir, run_one, console=console, worker=share, progress=False, runs=runs)
+
+
+def check(options: argparse.Namespace, sweep: Sweep) -> dict:
+    """The launcher's options; ValueError for what does not go together."""
+    if options.index is not None and not 0 <= options.index < len(sweep.runs):
+        raise ValueError(f"--index={options.index}: the sweep has runs 0 to {len(sweep.runs) - 1}")
+    words = list(options.launcher_option)
+    if options.workers is not None:
+        if options.launcher != "local":
+            raise ValueError(f"--workers={options.workers}: it goes with --launcher=local, not {options.launcher}")
+        words.append(f"workers={options.workers}")
+    if options.action == "submit" and options.launcher == "inline":
+        raise ValueError("submit needs a launcher that goes on without this process: --launcher=local, slurm or ray")
+    found = launchers.parse_options(options.launcher, words)
+    if options.launcher != "inline":
+        launchers.get(options.launcher).check(options.action, found)
+    return found
 
 
 def plan(sweep: Sweep, workdir: Path, console: Console) -> None:
@@ -86,28 +134,6 @@ def plan(sweep: Sweep, workdir: Path, console: Console) -> None:
     done = rows.read(workdir)
     for index, run in enumerate(sweep.runs):
         say(console, f"{index:>4}  {rows.state(workdir, run, done):7}  {run.id}")
-
-
-def status(sweep: Sweep, workdir: Path, console: Console) -> None:
-    """State, step, duration and score of every run, and how many are in each state."""
-    done = rows.read(workdir)
-    states = {run.id: rows.state(workdir, run, done) for run in sweep.runs}
-    metric = getattr(sweep.module, "TABLE", {}).get("metric")
-    width = max(len(run.id) for run in sweep.runs)
-    for index, run in enumerate(sweep.runs):
-        row, found = done.get(run.id, {}), ""
-        if row:
-            score = f", {metric} {row[metric]:.4f}" if isinstance(row.get(metric), float) else ""
-            found = f"{row['seconds']:.0f} s{score}"
-        elif step := rows.last_metrics(workdir, run).get("step"):
-            found = f"step {step} of {sweep.config(run).steps}"
-        say(console, f"{index:>4}  {states[run.id]:7}  {run.id:{width}}  {found}".rstrip())
-    for name in sorted(done.keys() - states.keys()):
-        say(console, f"      no longer in the sweep: {name}")
-    counts = [f"{list(states.values()).count(s)} {s}" for s in ("done", "running", "failed", "missing")]
-    waiting = [run for run in sweep.runs if states[run.id] != "done"]
-    left = launch.clock_or_unknown(launch.seconds_left(sweep, waiting, done))
-    say(console, ", ".join(counts) + (f"; {left} left, one run after the other" if waiting else ""))
 
 
 def say(console: Console, line: str) -> None:
@@ -118,12 +144,15 @@ def say(console: Console, line: str) -> None:
 @command.exit_code
 def main(argv: list[str], run_one=None) -> int:
     options = parse(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 240)
     sweep = load(options.config, options.overrides)
-    if options.action == "run":
+    if options.action in ("run", "submit"):
         return run(sweep, options, console, run_one)
     rows.check(options.workdir, sweep)
-    (plan if options.action == "plan" else status)(sweep, options.workdir, console)
+    if options.action == "plan":
+        plan(sweep, options.workdir, console)
+    else:
+        status.show(sweep, options.workdir, console, lambda: launchers.queued(options.workdir), options.watch)
     return 0
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import launch, rows, sweep
+from experiments import launch, rows, status, sweep
+from experiments.launchers import local
 from experiments.planning import Run, load
 from xlstm_jax import metrics
 
@@ -33,6 +34,9 @@ def config(tmp_path):
     return str(tmp_path / "c.py")
 
 
+SCORES = {"a0": 0.7, "b0": 0.8, "a1": 0.6, "b1": 0.5}
+
+
 class Trainer:
     """Stands in for `experiments.train.run`: counts its calls, fails or is interrupted where told."""
 
@@ -46,7 +50,7 @@ class Trainer:
             raise KeyboardInterrupt
         if name in self.fail:
             raise ValueError(f"{name} cannot\nbe trained")
-        return {"id": Path(folder).name, "steps": config.steps, "seconds": 1.0, "test_accuracy": 0.5}
+        return {"id": Path(folder).name, "steps": config.steps, "seconds": 1.0, "valid_accuracy": SCORES[name]}
 
 
 def start(action, config, workdir, *arguments, trainer=None):
@@ -76,9 +80,13 @@ def test_a_failed_run_is_recorded_and_repeated_and_the_others_go_on(config, tmp_
     assert "a1 cannot" in error.read_text()
     out = capsys.readouterr().out
     assert f"failed   {run.id}" in out and "3 of 4 runs done" in out
+    assert "--retry=failed" in out
     trainer = Trainer()
-    assert start("run", config, tmp_path / "w", trainer=trainer) == 0
+    assert start("run", config, tmp_path / "w", trainer=trainer) == 1
+    assert trainer.calls == [] and error.exists()
+    assert start("run", config, tmp_path / "w", "--retry=failed", trainer=trainer) == 0
     assert trainer.calls == ["a1"] and not error.exists()
+    assert "a1 cannot" in error.with_name("error-1.txt").read_text()
 
 
 def test_an_interrupted_sweep_goes_on(config, tmp_path, capsys):
@@ -144,9 +152,12 @@ def test_plan_and_status_start_nothing(config, tmp_path, capsys):
     start("run", config, workdir, trainer=Trainer(fail=["b1"]))
     capsys.readouterr()
     assert start("status", config, workdir, trainer=trainer) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["0", "done"] and lines[0].endswith("1 s")
-    assert lines[-1].startswith("3 done, 0 running, 1 failed, 0 missing") and len(lines) == 5
+    head, *lines, last = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head == ["#", "state", "run", "step", "steps/s", "seconds", "valid_accuracy"]
+    assert lines[0] == ["0", "done", runs[0].id, "10/10", "1", "0.7000"]
+    assert lines[1] == ["1", "done", runs[1].id, "10/10", "1", "0.8000", "*"]
+    assert lines[3][:3] == ["3", "failed", runs[3].id] and len(lines) == 4
+    assert " ".join(last) == f"3 done, 0 running, 1 failed, 0 missing; best valid_accuracy 0.8000 ({runs[1].id})"
     assert trainer.calls == []
 
 
@@ -215,13 +226,13 @@ launch.inline(load(sys.argv[1]), Path(sys.argv[2]), run_one, console=Console(), 
 
 
 def test_local_workers_share_the_runs(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "POLL", 0.05)
+    monkeypatch.setattr(status, "POLL", 0.05)
     (tmp_path / "worker.py").write_text(WORKER)
     plan, workdir = load(config), tmp_path / "w"
     rows.prepare(workdir, plan)
     out = io.StringIO()
     command = [sys.executable, str(tmp_path / "worker.py"), config, str(workdir)]
-    launch.local(plan, workdir, command, workers=2, console=Console(file=out), title="sweep")
+    local.run(plan, workdir, command, {"workers": 2}, Console(file=out), title="sweep")
     logs = "".join(p.read_text() for p in (workdir / "logs").iterdir())
     assert len(rows.read(workdir)) == 3, logs
     assert logs.count("failed: ValueError: no") == 1
