@@ -1,4 +1,20 @@
-"""Optimisers: AdamW with warm-up, cosine decay, gradient clip, and weight decay on matrices only."""
+"""Optimisers and schedules by name; clip to the global norm, decoupled weight decay on matrices only.
+
+adamw   Loshchilov and Hutter 2019, arXiv:1711.05101
+lion    Chen et al. 2023, arXiv:2302.06675: the sign of an interpolated momentum
+muon    Jordan et al. 2024, with the scale of Liu et al. 2025, arXiv:2502.16982, under which learning rate and decay are
+        AdamW's: orthogonalised momentum for the hidden matrices, AdamW for embeddings, head, biases, norms and all else
+sgd     with or without (heavy-ball) momentum
+
+After the warm-up from 0 to learning_rate, count by count to the last of `steps`
+
+constant     stays
+cosine       falls to min_learning_rate
+exponential  falls to min_learning_rate by the same factor each step, then linearly to 0 (xLSTM 7B, arXiv:2503.13427)
+wsd          stays, then falls linearly to min_learning_rate (warm-up, stable, decay; Haegele et al., arXiv:2405.18392)
+
+where the last fall of "exponential" and "wsd" takes `cooldown_steps`.
+"""
 
 import functools
 import math
@@ -13,12 +29,20 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from xlstm_jax.names import unknown
 
-OPTIMISERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "constant")
+# Of each optimiser: the betas and the momentum where none are given; None: it has no such thing.
+OPTIMISERS = {
+    "adamw": ((0.9, 0.95), None),
+    "lion": ((0.9, 0.99), None),
+    "muon": ((0.9, 0.95), 0.95),
+    "sgd": (None, 0.0),
+}
+SCHEDULES = ("cosine", "constant", "exponential", "wsd")
+MUON_SCALE = 0.2  # of the root mean square of an AdamW update (arXiv:2502.16982, section 2.2)
 
 # Decayed: W, W_up, kernel, qkv_kernel, weight, head. Not decayed: b*, R, scale, skip, norm and embedding parameters.
 _MATRIX = re.compile(r"(W\w*|(?!recurrent)\w*kernel|weight|head)")
 _NEVER = re.compile(r"norm|embed", re.IGNORECASE)
+_NOT_HIDDEN = re.compile(r"(^|\.)(head|conv)\.")
 
 
 class LearningRateState(NamedTuple):
@@ -34,15 +58,18 @@ def make(
     learning_rate: float,
     steps: int,
     warmup_steps: int = 0,
+    cooldown_steps: int = 0,
     schedule: str = "cosine",
     min_learning_rate: float = 0.0,
     weight_decay: float = 0.0,
-    betas: Iterable | float | int = (0.9, 0.95),
+    betas: Iterable | float | int | None = None,
+    momentum: float | None = None,
     epsilon: float = 1e-8,
     clip: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Clip to the global norm `clip` (None, 0: no clip), AdamW or SGD, decoupled decay of matrices, warm-up, schedule.
+    """Clip to the global norm `clip` (None, 0: no clip), the optimiser, decoupled decay of matrices, the schedule.
 
+    betas: of adamw and lion, and of muon's AdamW part; momentum: of sgd (0 if not given) and muon (0.95).
     Equal arguments give the same object, so that runs which share them share one compiled program.
     """
     if name not in OPTIMISERS:
@@ -53,43 +80,115 @@ def make(
         raise ValueError(f"steps is {steps}: at least 1 is needed")
     if not 0 <= warmup_steps <= steps:
         raise ValueError(f"warmup_steps is {warmup_steps}: it must lie between 0 and steps ({steps})")
+    if not 0 <= cooldown_steps <= steps - warmup_steps:
+        left = f"steps - warmup_steps ({steps - warmup_steps})"
+        raise ValueError(f"cooldown_steps is {cooldown_steps}: it must lie between 0 and {left}")
+    if cooldown_steps and schedule not in ("exponential", "wsd"):
+        raise ValueError(f"cooldown_steps is {cooldown_steps}: {schedule} has none, only exponential and wsd have")
+    if not cooldown_steps and schedule == "wsd":
+        raise ValueError("cooldown_steps is 0: wsd needs at least 1 (without a cooldown it is the schedule constant)")
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate is {learning_rate}: it must be positive and finite")
     if not 0 <= min_learning_rate <= learning_rate:
         raise ValueError(
             f"min_learning_rate is {min_learning_rate}: it must lie between 0 and learning_rate ({learning_rate})"
         )
+    if not min_learning_rate and schedule == "exponential":
+        raise ValueError("min_learning_rate is 0: the schedule exponential needs a positive one, such as a tenth")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay}: it must be finite and 0 or more")
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon is {epsilon}: it must be positive and finite")
     if clip is not None and not clip >= 0:
         raise ValueError(f"clip is {clip}: it must be positive, or 0 for none")
-    betas = tuple(betas) if isinstance(betas, Iterable) else (betas,)
-    if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
+    own_betas, own_momentum = OPTIMISERS[name]
+    for option, given, own in (("betas", betas, own_betas), ("momentum", momentum, own_momentum)):
+        if given is not None and own is None:
+            users = " and ".join(n for n, owned in OPTIMISERS.items() if owned[option == "momentum"] is not None)
+            raise ValueError(f"{option} is {given}: {name} has none, only {users} have")
+    betas = own_betas if betas is None else tuple(betas) if isinstance(betas, Iterable) else (betas,)
+    numbers = betas is None or all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
+    if not numbers or (betas is not None and len(betas) != 2):
         raise ValueError(f"betas are {betas}: two numbers in [0, 1) are needed")
-    return _build(
-        name, learning_rate, steps, warmup_steps, schedule, min_learning_rate, weight_decay, betas, epsilon, clip or 0.0
-    )
+    momentum = own_momentum if momentum is None else momentum
+    if momentum is not None and not 0 <= momentum < 1:
+        raise ValueError(f"momentum is {momentum}: it must lie in [0, 1)")
+    rate = (learning_rate, steps, warmup_steps, cooldown_steps, schedule, min_learning_rate)
+    return _build(name, rate, weight_decay, betas, momentum, epsilon, clip or 0.0)
 
 
 @functools.cache
-def _build(name, peak, steps, warmup, schedule, floor, weight_decay, betas, epsilon, clip):
-    def rate(count):
-        if schedule == "cosine":
-            done = jnp.clip((count - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-            after = floor + (peak - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
-        else:
-            after = jnp.full((), peak)
-        ramp = jnp.minimum((count + 1) / max(warmup, 1), 1.0)  # never 0: the first step moves too
-        return (ramp * after).astype(jnp.float32)
-
+def _build(name, rate, weight_decay, betas, momentum, epsilon, clip):
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=epsilon) if name == "adamw" else optax.identity(),
+        _direction(name, betas, momentum, epsilon),
         optax.add_decayed_weights(weight_decay, mask=decay_mask) if weight_decay else optax.identity(),
-        _scale_by_learning_rate(rate),
+        _scale_by_learning_rate(functools.partial(scheduled_rate, *rate)),
     )
+
+
+def _direction(name, betas, momentum, epsilon) -> optax.GradientTransformation:
+    """From gradients to the update of a learning rate of -1."""
+    if name == "lion":
+        return optax.scale_by_lion(*betas)
+    if name == "sgd":
+        return optax.trace(momentum) if momentum else optax.identity()
+    adam = optax.scale_by_adam(*betas, eps=epsilon)
+    if name == "adamw":
+        return adam
+    orthogonal = optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=matrix_axes)
+    return optax.partition({True: optax.chain(orthogonal, optax.stateless(_scale_matrices)), False: adam}, _is_matrix)
+
+
+def _scale_matrices(updates: PyTree, params: PyTree) -> PyTree:
+    """Orthogonal matrices (a, b), scaled to the size that AdamW's updates have, whatever a and b."""
+    del params
+
+    def scale(path, x):
+        axes = _axes(parameter_name(path), x.ndim)
+        return MUON_SCALE * max(x.shape[axes.reduction_axis], x.shape[axes.output_axis]) ** 0.5 * x
+
+    return jax.tree_util.tree_map_with_path(scale, updates)
+
+
+def scheduled_rate(
+    peak: float, steps: int, warmup: int, cooldown: int, schedule: str, floor: float, count: Int[Array, ""]
+) -> Float[Array, ""]:
+    """The learning rate of update number `count`, counted from 0."""
+    done = jnp.clip((count - warmup) / max(steps - cooldown - warmup, 1), 0.0, 1.0)
+    if schedule == "cosine":
+        after = floor + (peak - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+    elif schedule == "exponential":
+        after = peak * (floor / peak) ** done
+    else:
+        after = jnp.full((), peak)
+    ramp = jnp.minimum((count + 1) / max(warmup, 1), 1.0)  # never 0: the first step moves too
+    end = floor if schedule == "wsd" else 0.0
+    left = jnp.clip((steps - count) / cooldown, 0.0, 1.0) if cooldown else 1.0
+    return (ramp * (end + (after - end) * left)).astype(jnp.float32)
+
+
+def matrix_axes(params: PyTree) -> PyTree:
+    """For each parameter, the axes of the matrix that Muon makes orthogonal, None for those that are AdamW's.
+
+    All other axes count off matrices: layers that are stacked, heads, and the gates of W (in, G, D) and R, S
+    (H, in, G, D). Not Muon's: embeddings, head, depthwise convolutions, biases, norms and all vectors.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, x: _axes(parameter_name(path), x.ndim), params)
+
+
+def _axes(name: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None:
+    last = name.rpartition(".")[2]
+    if ndim < 2 or _NEVER.search(name) or _NOT_HIDDEN.search(name):
+        return None
+    if re.fullmatch(r"(\w+_)?kernel", last) or (ndim == 2 and last in ("W", "R", "S")):
+        return optax.contrib.MuonDimensionNumbers(-2, -1)
+    return optax.contrib.MuonDimensionNumbers(-3, -1) if last in ("W", "R", "S") else None
+
+
+def _is_matrix(params: PyTree) -> PyTree:
+    """True at each parameter that is Muon's."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: _axes(parameter_name(path), x.ndim) is not None, params)
 
 
 def _scale_by_learning_rate(rate) -> optax.GradientTransformation:
