@@ -1,25 +1,28 @@
 """All runs of a config: python -m experiments.sweep plan|run|status --config=configs/F.py[:arg] --workdir=DIR
 
-    plan      every run: its number, state and id; starts nothing
+    plan      every run: number, state, program, what it changes, id; programs, time and memory; starts nothing
     run       does what is missing; the same command goes on after an interruption, and repeats what had failed
     status    how far it is, and what the finished runs scored
 
     --launcher=inline|local    inline: one run after the other in this process; local: several processes on this machine
     --workers=N                for local; the number of cores if left out
     --index=K                  only the K-th run of the plan, from 0
+    --vectorize=auto|on|off    runs that differ in seed and optimiser numbers as one program (auto: not on a CPU)
+    --json                     for plan: as one JSON value
     --config.a.b=v             changes a field for all runs but those that the sweep itself gives another value
 
 Exit codes: 0 all asked-for runs are done, 1 some are not (a list says which), 2 something in the request is wrong.
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from experiments import command, launch, rows
+from experiments import command, launch, overview, rows, vectorize
 from experiments.planning import Sweep, headline, load, validate
 
 
@@ -32,6 +35,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--launcher", choices=("inline", "local"), default="inline")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--index", type=int)
+    parser.add_argument("--vectorize", choices=vectorize.MODES, default="auto")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # K/N, set by the local launcher
     return parser.with_overrides(argv)
 
@@ -56,6 +61,8 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
         return 0
     if options.index is not None and not 0 <= options.index < len(sweep.runs):
         raise ValueError(f"--index={options.index}: the sweep has runs 0 to {len(sweep.runs) - 1}")
+    if options.vectorize == "on" and (options.launcher != "inline" or options.index is not None):
+        raise ValueError("--vectorize=on: one process runs a group at once: leave --launcher and --index out")
     if options.workers < 1:
         raise ValueError(f"--workers={options.workers}: at least 1 is needed")
     configs = [sweep.config(run) for run in sweep.runs]
@@ -69,6 +76,8 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
         asked = sweep.runs[options.index : options.index + 1]
         launch.inline(sweep, workdir, run_one, console=console, runs=asked)
         sweep = sweep._replace(runs=asked)
+    elif options.launcher == "inline" and vectorize.wanted(options.vectorize):
+        vectorize.launch_groups(sweep, workdir, console=console)
     elif options.launcher == "local":
         worker = worker_command(options.config, workdir, options.overrides)
         launch.local(sweep, workdir, worker, workers=options.workers, console=console)
@@ -81,11 +90,13 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
     return 1 if left else 0
 
 
-def plan(sweep: Sweep, workdir: Path, console: Console) -> None:
-    """One line a run: its number for --index, its id, its state."""
-    done = rows.read(workdir)
-    for index, run in enumerate(sweep.runs):
-        say(console, f"{index:>4}  {rows.state(workdir, run, done):7}  {run.id}")
+def plan(sweep: Sweep, options: argparse.Namespace, console: Console, memory: bool) -> None:
+    """Every run, and what all of them need."""
+    found = overview.plan(sweep, options.workdir, together=vectorize.wanted(options.vectorize), memory=memory)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        overview.show(found, console)
 
 
 def status(sweep: Sweep, workdir: Path, console: Console) -> None:
@@ -123,7 +134,10 @@ def main(argv: list[str], run_one=None) -> int:
     if options.action == "run":
         return run(sweep, options, console, run_one)
     rows.check(options.workdir, sweep)
-    (plan if options.action == "plan" else status)(sweep, options.workdir, console)
+    if options.action == "plan":
+        plan(sweep, options, console, memory=run_one is None)
+    else:
+        status(sweep, options.workdir, console)
     return 0
 
 
