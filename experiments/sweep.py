@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments import command, launch, overview, rows, vectorize
+from experiments import command, launch, overview, rows, table, vectorize
 from experiments.planning import Sweep, headline, load, validate
 
 
@@ -69,6 +69,8 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
     say(console, headline(sweep.source, sweep.module, configs, workdir))
     if run_one is train.run:
         validate(sweep)
+    if hasattr(sweep.module, "TABLE"):
+        table.check(sweep)
     rows.prepare(workdir, sweep)
     if all(run.id in rows.read(workdir) for run in sweep.runs):
         say(console, "every run was finished already: nothing to train")
