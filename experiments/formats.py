@@ -6,16 +6,12 @@
 import csv
 import io
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from experiments.aggregation import Cell
 
 DASH = "–"  # not known
-
-
-class Cell(NamedTuple):
-    """One of our numbers: the aggregate, and the value of every run behind it."""
-
-    value: float
-    runs: list[float]
+REDUCED = "†"  # the protocol is not the paper's
 
 
 def shown(table: dict[str, Any], found: dict) -> tuple[list[str], list[str]]:
@@ -38,12 +34,15 @@ def text(table: dict[str, Any], value: float | str | None) -> str:
 
 
 def ours(table: dict[str, Any], cell: Cell | None) -> str:
-    """ "0.97 (0.95–1.00; 3)": aggregate, range and number of runs; a single run's number stands alone."""
+    """ "0.97 (0.95–1.00; 3)": aggregate, range and number of runs, or "0.97 ± 0.02 (3)"; a † for a reduced protocol."""
     if cell is None:
         return DASH
-    if len(cell.runs) == 1:
-        return text(table, cell.value)
-    return f"{text(table, cell.value)} ({text(table, min(cell.runs))}–{text(table, max(cell.runs))}; {len(cell.runs)})"
+    count, mark = len(cell.runs), REDUCED if cell.reduced else ""
+    if count == 1:
+        return text(table, cell.value) + (" (1)" if cell.counted else "") + mark
+    if cell.spread is not None:
+        return f"{text(table, cell.value)} ± {text(table, cell.spread)} ({count}){mark}"
+    return f"{text(table, cell.value)} ({text(table, min(cell.runs))}–{text(table, max(cell.runs))}; {count}){mark}"
 
 
 def sources(table: dict[str, Any]) -> list[dict]:
@@ -106,15 +105,19 @@ def comma_separated(table: dict[str, Any], found: dict) -> str:
     names, columns = shown(table, found)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "column", table["metric"], "min", "max", "runs", *(s["name"] for s in sources(table))])
+    marked = ["protocol"] if "protocol" in table else []
+    names_of = [*marked, *(s["name"] for s in sources(table))]
+    writer.writerow(["row", "column", table["metric"], "min", "max", "runs", *names_of])
     for row in names:
         for column in columns:
             cell = found.get((row, column))
             mine = [cell.value, min(cell.runs), max(cell.runs), len(cell.runs)] if cell else ["", "", "", 0]
+            if marked:
+                mine.append("" if cell is None else "; ".join(cell.reduced) or "paper")
             writer.writerow([row, column, *mine, *(s["values"].get((row, column), "") for s in sources(table))])
     for name, values in table.get("baselines", {}).items():
         for column in columns:
-            writer.writerow([name, column, values.get(column, ""), "", "", 0, *("" for _ in sources(table))])
+            writer.writerow([name, column, values.get(column, ""), "", "", 0, *("" for _ in names_of)])
     return out.getvalue()
 
 
@@ -124,6 +127,8 @@ def latex(table: dict[str, Any], found: dict, lines: list[str]) -> str:
         "\\": r"\textbackslash{}",
         "–": "--",
         "≥": r"$\geq$",
+        "±": r"$\pm$",
+        "†": r"$\dagger$",
         "%": r"\%",
         "_": r"\_",
         "&": r"\&",

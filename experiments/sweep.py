@@ -1,6 +1,6 @@
 """All runs of a config: python -m experiments.sweep ACTION --config=configs/F.py[:arg] --workdir=DIR
 
-    plan      every run: its number, state and id; starts nothing
+    plan      every run: number, state, program, what it changes, id; programs, time and memory; starts nothing; --json
     run       does what is missing; the same command goes on after an interruption
     submit    starts what is missing and returns (local, slurm, ray with an address); again: only what is still missing
     status    how far it is, and what the finished runs scored; --watch: until all have ended
@@ -10,6 +10,7 @@
                        slurm: jobs of an array (submitit)           ray: tasks on a Ray cluster, or on one it starts
     --launcher_option=name=value    local: workers memory; slurm: partition time gpus_per_node runs_per_job …;
                        ray: address cpus gpus; a wrong name lists the nearest
+    --vectorize=auto|on|off    runs that differ in seed and optimiser numbers as one program (auto: not on a CPU)
     --retry=failed     also what had failed; without it a failed run is only named
     --index=K          only the K-th run of the plan, from 0
     --config.a.b=v     changes a field for all runs but those that the sweep itself gives another value
@@ -18,12 +19,12 @@ Exit codes: 0 all asked-for runs are done, 1 some are not (a list says which), 2
 """
 
 import argparse
+import json
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
-from experiments import command, launch, launchers, rows, status
+from experiments import command, launch, launchers, overview, rows, status, table, vectorize
 from experiments.launchers.local import share_cores, worker_command
 from experiments.planning import Sweep, headline, load, validate
 
@@ -40,6 +41,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--retry", choices=("failed",))
     parser.add_argument("--watch", action="store_true")
     parser.add_argument("--index", type=int)
+    parser.add_argument("--vectorize", choices=vectorize.MODES, default="auto")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # K/N, set by a launcher
     parser.add_argument("--only", help=argparse.SUPPRESS)  # ID,ID, set by a launcher
     return parser.with_overrides(argv)
@@ -55,10 +58,14 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
         work(sweep, options, console, run_one)
         return 0
     found = check(options, sweep)
+    if options.vectorize == "on" and (options.launcher != "inline" or options.index is not None):
+        raise ValueError("--vectorize=on: one process runs a group at once: leave --launcher and --index out")
     configs = [sweep.config(run) for run in sweep.runs]
     say(console, headline(sweep.source, sweep.module, configs, workdir))
     if run_one is train.run:
         validate(sweep)
+    if hasattr(sweep.module, "TABLE"):
+        table.check(sweep)
     rows.prepare(workdir, sweep)
     if options.index is not None:
         sweep = sweep._replace(runs=sweep.runs[options.index : options.index + 1])
@@ -73,7 +80,9 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
         with rows.alone(workdir, "launcher") as other:
             if other:
                 say(console, f"process {other} is a launcher at work on this folder: sharing what is missing with it")
-            if options.launcher == "inline":
+            if options.launcher == "inline" and options.index is None and vectorize.wanted(options.vectorize):
+                vectorize.launch_groups(sweep, workdir, console=console)
+            elif options.launcher == "inline":
                 launch.inline(sweep, workdir, run_one, console=console)
             else:
                 worker = worker_command(options.config, workdir, options.overrides)
@@ -129,11 +138,13 @@ def check(options: argparse.Namespace, sweep: Sweep) -> dict:
     return found
 
 
-def plan(sweep: Sweep, workdir: Path, console: Console) -> None:
-    """One line a run: its number for --index, its id, its state."""
-    done = rows.read(workdir)
-    for index, run in enumerate(sweep.runs):
-        say(console, f"{index:>4}  {rows.state(workdir, run, done):7}  {run.id}")
+def plan(sweep: Sweep, options: argparse.Namespace, console: Console, memory: bool) -> None:
+    """Every run, and what all of them need."""
+    found = overview.plan(sweep, options.workdir, together=vectorize.wanted(options.vectorize), memory=memory)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        overview.show(found, console)
 
 
 def say(console: Console, line: str) -> None:
@@ -150,7 +161,7 @@ def main(argv: list[str], run_one=None) -> int:
         return run(sweep, options, console, run_one)
     rows.check(options.workdir, sweep)
     if options.action == "plan":
-        plan(sweep, options.workdir, console)
+        plan(sweep, options, console, memory=run_one is None)
     else:
         status.show(sweep, options.workdir, console, lambda: launchers.queued(options.workdir), options.watch)
     return 0

@@ -1,50 +1,90 @@
 """A paper's table, ours beside theirs: python -m experiments.table --config=configs/F.py[:arg] --workdir=DIR
 
 Reads DIR/results.jsonl and the config's TABLE; writes DIR/table.md, .csv, .tex and .png, and prints table.md.
-A cell is the mean (or median, or maximum) over the seeds of one setting; where a sweep also varies something else, such
-as the learning rate, it is that of the best setting, chosen by TABLE["select"] (a validation metric).
+What a cell is made of is in experiments/aggregation.py. TABLE["protocol"], a dictionary of config fields and the
+paper's values (a list: all that the paper tried), marks the cells whose runs have others, and says in what.
 """
 
-import statistics
+import difflib
 import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import command, rows
-from experiments.formats import DASH, Cell, comma_separated, latex, markdown, picture, shown
+from experiments import aggregation, command, rows
+from experiments.aggregation import Cell
+from experiments.build import flatten
+from experiments.formats import DASH, REDUCED, comma_separated, latex, markdown, picture, shown
 from experiments.planning import Sweep, load
 from xlstm_jax import metrics
 from xlstm_jax.names import unknown
 
-AGGREGATES = {"mean": statistics.fmean, "median": statistics.median, "max": max, "min": min}
 REQUIRED = ("title", "row", "rows", "column", "columns", "metric", "aggregate")
+OPTIONAL = ("select", "select_over", "select_per", "best_of", "lower_is_better", "digits", "range", "paper")
+OPTIONAL += ("references", "baselines", "differences", "protocol")
 
 
 def cells(table: dict[str, Any], done: list[dict]) -> dict[tuple[str, str], Cell]:
     """(row, column) -> Cell, from the result rows of a sweep."""
+    places: dict[tuple[str, str], list[dict]] = {}
+    for result in done:
+        place = field(result, table["row"]), field(result, table["column"])
+        if place[0] in table["rows"] and place[1] in table["columns"]:
+            places.setdefault(place, []).append(result)
+    found = {}
+    for place, results in places.items():
+        made, runs = aggregation.cell(table, results, number)
+        found[place] = made._replace(reduced=reduced(table, runs))
+    mixed = len({len(each.runs) for each in found.values()}) > 1
+    return {place: each._replace(counted=mixed) for place, each in found.items()}
+
+
+def reduced(table: dict[str, Any], runs: list[dict]) -> tuple[str, ...]:
+    """ "steps 1000 (paper: 100000)", … for each field of TABLE["protocol"] that is not the paper's in some run."""
+    differing = []
+    for name, paper in table.get("protocol", {}).items():
+        known = [str(value) for value in (paper if isinstance(paper, list | tuple) else [paper])]
+        here = dict.fromkeys(field(run, name) for run in runs)
+        if any(value not in known for value in here):
+            differing.append(f"{name} {' or '.join(here)} (paper: {' or '.join(known)})")
+    return tuple(differing)
+
+
+def check(sweep: Sweep) -> dict[str, Any]:
+    """The TABLE of a config; one line where it names what is not there. Needs no results."""
+    if not hasattr(sweep.module, "TABLE"):
+        raise ValueError(f"--config={sweep.source}: the file has no TABLE")
+    table = sweep.module.TABLE
     for name in REQUIRED:
         if name not in table:
             raise ValueError(f"TABLE has no {name!r}: it needs {', '.join(REQUIRED)}")
-    if table["aggregate"] not in AGGREGATES:
-        raise ValueError(unknown("TABLE aggregate", table["aggregate"], AGGREGATES))
-    settings: dict[tuple[str, str], dict[str, list[dict]]] = {}
-    for result in done:
-        place = field(result, table["row"]), field(result, table["column"])
-        if place[0] not in table["rows"] or place[1] not in table["columns"]:
-            continue
-        setting = {k: v for k, v in result["overrides"].items() if k != "seed"}
-        settings.setdefault(place, {}).setdefault(str(sorted(setting.items())), []).append(result)
-    aggregate = AGGREGATES[table["aggregate"]]
-    better = min if table.get("lower_is_better") else max
-
-    def score(results):
-        return aggregate([number(r, table.get("select", table["metric"])) for r in results])
-
-    found = {}
-    for place, each in settings.items():
-        values = [number(r, table["metric"]) for r in better(each.values(), key=score)]
-        found[place] = Cell(aggregate(values), values)
-    return found
+    for name in table.keys() - {*REQUIRED, *OPTIONAL}:
+        if near := difflib.get_close_matches(name, (*REQUIRED, *OPTIONAL), n=1, cutoff=0.75):
+            raise ValueError(f"unknown TABLE entry {name!r}; nearest: {near[0]}")
+    aggregation.check(table)
+    runs = [{"id": r.id, "overrides": r.overrides, "config": sweep.config(r).to_dict()} for r in sweep.runs]
+    for what in ("row", "column"):
+        values = dict.fromkeys(field(run, table[what]) for run in runs)
+        absent = [name for name in table[f"{what}s"] if name not in values]
+        outside = [value for value in values if value not in table[f"{what}s"]]
+        if absent and outside:  # a preset may leave rows out, and a table may leave runs out: both at once is a slip
+            raise ValueError(unknown(f"TABLE {what}", absent[0], outside) + f" (values of {table[what]} in the sweep)")
+    for name in table.get("select_over", ()):
+        swept = sorted({name for run in runs for name in run["overrides"]} - {"seed"})
+        if name not in swept:
+            raise ValueError(unknown("TABLE select_over", name, swept))
+    for name in table.get("protocol", {}):
+        field(runs[0], name)
+    sources = [*([table["paper"]] if "paper" in table else []), *table.get("references", [])]
+    for source in sources:
+        for row, column in source["values"]:
+            for what, name in (("row", row), ("column", column)):
+                if name not in table[f"{what}s"]:
+                    raise ValueError(f"{source['name']}: " + unknown(f"TABLE {what}", name, table[f"{what}s"]))
+    for values in table.get("baselines", {}).values():
+        for column in values:
+            if column not in table["columns"]:
+                raise ValueError("baselines: " + unknown("TABLE column", column, table["columns"]))
+    return table
 
 
 def field(result: dict, name: str) -> str:
@@ -54,7 +94,9 @@ def field(result: dict, name: str) -> str:
         value = result.get("config", {})
         for part in name.split("."):
             if not isinstance(value, dict) or part not in value:
-                raise ValueError(f"TABLE names the field {name!r}, which the result row {result['id']} does not have")
+                near = difflib.get_close_matches(name, flatten(result.get("config", {})), n=1)
+                nearest = f"; nearest: {near[0]}" if near else ""
+                raise ValueError(f"TABLE names the field {name!r}, which the run {result['id']} does not have{nearest}")
             value = value[part]
     return str(value)
 
@@ -73,7 +115,8 @@ def notes(table: dict[str, Any], found: dict, sweep: Sweep) -> list[str]:
     if counts == [1]:
         lines.append("Ours: one run a cell.")
     else:
-        lines.append(f"Ours: {table['aggregate']} over the seeds (smallest–largest; number of runs).")
+        over = dict.fromkeys(name for cell in found.values() for name in cell.over)
+        lines.append(f"Ours: {aggregation.words(table, list(over))}.")
     absent = [f"{table['rows'][r]} on {table['columns'][c]}" for r, c in expected(table, sweep) if (r, c) not in found]
     if absent:
         lines.append(f"Ours, {DASH}: no finished run yet: {', '.join(absent)}.")
@@ -81,9 +124,24 @@ def notes(table: dict[str, Any], found: dict, sweep: Sweep) -> list[str]:
         missing = f" {DASH}: {table['paper']['missing']}." if "missing" in table["paper"] else ""
         lines.append(f"{table['paper']['name'].capitalize()}: {table['paper']['source']}.{missing}")
     lines += [f"{source['name']}: {source['source']}." for source in table.get("references", [])]
+    lines += protocols(table, found)
     if "differences" in table:
         swept = Values(sweep)
         lines.append(f"Protocol. {table['differences'].format(config=sweep.base.to_dict(), swept=swept)}")
+    return lines
+
+
+def protocols(table: dict[str, Any], found: dict) -> list[str]:
+    """Which cells have the paper's protocol, and in what the others' is reduced."""
+    if "protocol" not in table:
+        return []
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for (row, column), made in found.items():
+        kinds.setdefault(made.reduced, []).append(f"{table['rows'][row]} on {table['columns'][column]}")
+    lines = []
+    for reduced, places in kinds.items():
+        where = "all cells" if len(kinds) == 1 else ", ".join(places)
+        lines.append(f"{REDUCED}, reduced ({where}): {'; '.join(reduced)}." if reduced else f"As the paper: {where}.")
     return lines
 
 
@@ -117,11 +175,10 @@ def expected(table: dict[str, Any], sweep: Sweep) -> list[tuple[str, str]]:
 
 def write(sweep: Sweep, workdir: Path) -> str:
     """Writes the four files; returns the markdown."""
-    if not hasattr(sweep.module, "TABLE"):
-        raise ValueError(f"--config={sweep.source}: the file has no TABLE")
+    table = check(sweep)
     rows.check(workdir, sweep)
-    table = sweep.module.TABLE
-    found = cells(table, list(rows.read(workdir).values()))
+    done = list(rows.read(workdir).values())
+    found = cells(table, done)
     shown(table, found)
     lines = notes(table, found, sweep)
     formatted = markdown(table, found, lines)

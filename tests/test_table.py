@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import rows, table
+from experiments import aggregation, formats, rows, table
 from experiments.build import resolve
 from experiments.planning import load
 
@@ -63,10 +63,64 @@ def test_cells_take_the_mean_over_seeds_of_the_setting_that_validates_best(sweep
     assert found["mlstm", "parity"].runs == [-0.001]
 
 
-@pytest.mark.parametrize("aggregate,value", [("mean", 0.85), ("median", 0.85), ("max", 0.9), ("min", 0.8)])
-def test_aggregates(sweep, filled, aggregate, value):
-    found = table.cells(sweep.module.TABLE | {"aggregate": aggregate}, list(rows.read(filled).values()))
-    assert found["lstm", "parity"].value == pytest.approx(value)
+RESULTS = [  # rate 0.1 validates best for seed 1, rate 0.01 for seeds 0 and 2, and in the mean
+    {"id": f"{rate}-{seed}", "overrides": {"optimizer.learning_rate": rate, "seed": seed}, "valid": valid, "test": test}
+    | {"config": {"model": "lstm", "task": "parity", "steps": 10}}
+    for rate, seed, valid, test in (
+        (0.1, 0, 0.1, 0.8),
+        (0.1, 1, 0.9, 0.6),
+        (0.1, 2, 0.1, 1.0),
+        (0.01, 0, 0.6, 0.5),
+        (0.01, 1, 0.6, 0.7),
+        (0.01, 2, 0.7, 0.3),
+    )
+]
+PLACE = {"row": "model", "rows": {"lstm": "LSTM"}, "column": "task", "columns": {"parity": "Parity"}, "metric": "test"}
+
+
+@pytest.mark.parametrize(
+    "rule,value,spread,runs",
+    [
+        ({"aggregate": "mean"}, 0.5, None, [0.5, 0.7, 0.3]),
+        ({"aggregate": "mean_std"}, 0.5, 0.2, [0.5, 0.7, 0.3]),
+        ({"aggregate": "median_mad"}, 0.5, 0.2, [0.5, 0.7, 0.3]),
+        ({"aggregate": "mean", "select_per": "seed"}, (0.5 + 0.6 + 0.3) / 3, None, [0.5, 0.6, 0.3]),
+        ({"aggregate": "mean", "select_over": []}, 0.65, None, [0.8, 0.6, 1.0, 0.5, 0.7, 0.3]),
+        ({"aggregate": "max"}, 1.0, None, [0.8, 0.6, 1.0]),  # the setting of the best valid run
+        ({"aggregate": "max", "select": None}, 1.0, None, [0.8, 0.6, 1.0, 0.5, 0.7, 0.3]),
+        ({"aggregate": "min", "select": None}, 0.3, None, [0.8, 0.6, 1.0, 0.5, 0.7, 0.3]),
+        ({"aggregate": "best_of", "best_of": 2, "select_per": "seed"}, 0.6, None, [0.5, 0.6]),
+        ({"aggregate": "best_of", "best_of": 2, "lower_is_better": True}, 0.6, None, [0.8, 0.6]),
+    ],
+)
+def test_rules_of_the_papers(rule, value, spread, runs):
+    rule = {name: each for name, each in ({"select": "valid"} | rule).items() if each is not None}
+    found = table.cells(PLACE | rule, RESULTS)["lstm", "parity"]
+    assert found.value == pytest.approx(value) and found.runs == pytest.approx(runs)
+    assert found.spread == (None if spread is None else pytest.approx(spread))
+
+
+def test_without_select_a_mean_over_settings_is_refused():
+    with pytest.raises(ValueError, match="no 'select': runs of one cell differ in optimizer.learning_rate, and mean"):
+        table.cells(PLACE | {"aggregate": "mean"}, RESULTS)
+
+
+def test_a_cell_says_its_runs_its_spread_and_what_is_reduced():
+    entries = {"aggregate": "mean_std", "select": "valid", "title": "T", "protocol": {"steps": [10, 100], "seed": 0}}
+    found = table.cells(PLACE | entries, [r | {"overrides": r["overrides"] | {"model": "lstm"}} for r in RESULTS])
+    (cell,) = found.values()
+    assert cell.reduced == ("seed 0 or 1 or 2 (paper: 0)",) and cell.over == ("optimizer.learning_rate",)
+    assert formats.ours(entries, cell) == "0.50 ± 0.20 (3)†"
+    assert table.protocols(PLACE | entries, found) == ["†, reduced (all cells): seed 0 or 1 or 2 (paper: 0)."]
+    assert table.protocols(PLACE | entries, {("lstm", "parity"): cell._replace(reduced=())}) == [
+        "As the paper: all cells."
+    ]
+    assert formats.comma_separated(PLACE | entries, found).splitlines()[1].endswith(",3,seed 0 or 1 or 2 (paper: 0)")
+    assert r"0.50 $\pm$ 0.20 (3)$\dagger$" in formats.latex(PLACE | entries, found, [])
+    said = aggregation.words(PLACE | entries, list(cell.over))
+    assert (
+        said == "mean ± standard deviation over the seeds (number of runs); learning_rate chosen by valid for each cell"
+    )
 
 
 def test_four_files(sweep, filled):
@@ -75,7 +129,7 @@ def test_four_files(sweep, filled):
     lines = text.splitlines()
     assert "|        |            Parity_1 | paper |" in lines
     assert "| LSTM   | 0.85 (0.80–0.90; 2) |  1.00 |" in lines
-    assert "| mLSTM  |                0.00 |     – |" in lines
+    assert "| mLSTM  |            0.00 (1) |     – |" in lines
     assert "| chance |                0.00 |     – |" in lines
     assert "| mLSTM, other |   ≥ 0.90 |" in lines
     assert "- Paper: Fig. 4. –: in an image only." in lines
@@ -94,7 +148,19 @@ def test_four_files(sweep, filled):
         ({"metric": "test_scores"}, "unknown TABLE metric 'test_scores'; nearest: test_score"),
         ({"row": "model.name"}, "TABLE names the field 'model.name'"),
         ({"aggregate": "maen"}, "unknown TABLE aggregate 'maen'; nearest: mean"),
-        ({"rows": {"gru": "GRU"}}, "no result row belongs to this table"),
+        ({"metrics": "test_score"}, "unknown TABLE entry 'metrics'; nearest: metric"),
+        ({"aggregate": "best_of"}, "the rule best_of needs the number of runs, such as 3"),
+        ({"select": "valid_scroe"}, "unknown TABLE metric 'valid_scroe'; nearest: valid_score"),
+        ({"select_per": "sede"}, "unknown TABLE select_per 'sede'; nearest: seed"),
+        ({"select_over": ["optimizer.rate"]}, "unknown TABLE select_over 'optimizer.rate'"),
+        ({"protocol": {"stesp": 3}}, "TABLE names the field 'stesp', which the run"),
+        ({"rows": {"lsmt": "LSTM", "mlstm": "mLSTM"}}, "unknown TABLE row 'lsmt'; nearest: lstm"),
+        ({"columns": {"partiy": "Parity"}}, "unknown TABLE column 'partiy'; nearest: parity"),
+        ({"baselines": {"chance": {"partiy": 0}}}, "baselines: unknown TABLE column 'partiy'; nearest: parity"),
+        (
+            {"paper": {"name": "paper", "source": "", "values": {("lsmt", "parity"): 1.0}}},
+            "paper: unknown TABLE row 'lsmt'; nearest: lstm",
+        ),
     ],
 )
 def test_a_wrong_table_ends_in_one_line(sweep, filled, capsys, tmp_path, change, message):

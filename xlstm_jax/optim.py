@@ -37,6 +37,8 @@ OPTIMISERS = {
     "sgd": (None, 0.0),
 }
 SCHEDULES = ("cosine", "constant", "exponential", "wsd")
+NUMBERS = ("learning_rate", "min_learning_rate", "weight_decay", "betas", "momentum", "epsilon", "clip")
+Number = float | int | Float[Array, ""]  # an array where many runs with numbers of their own are one program
 MUON_SCALE = 0.2  # of the root mean square of an AdamW update (arXiv:2502.16982, section 2.2)
 
 # Decayed: W, W_up, kernel, qkv_kernel, weight, head. Not decayed: b*, R, scale, skip, norm and embedding parameters.
@@ -52,7 +54,24 @@ class LearningRateState(NamedTuple):
     learning_rate: Float[Array, ""]
 
 
-def make(
+class Settings(NamedTuple):
+    """The arguments of `make`, checked and complete; those in NUMBERS may be replaced by arrays before `build`."""
+
+    name: str
+    learning_rate: Number
+    steps: int
+    warmup_steps: int
+    cooldown_steps: int
+    schedule: str
+    min_learning_rate: Number
+    weight_decay: Number
+    betas: tuple[Number, Number] | Float[Array, "2"] | None
+    momentum: Number | None
+    epsilon: Number
+    clip: Number
+
+
+def settings(
     name: str = "adamw",
     *,
     learning_rate: float,
@@ -66,11 +85,10 @@ def make(
     momentum: float | None = None,
     epsilon: float = 1e-8,
     clip: float | None = 1.0,
-) -> optax.GradientTransformation:
-    """Clip to the global norm `clip` (None, 0: no clip), the optimiser, decoupled decay of matrices, the schedule.
+) -> Settings:
+    """The arguments of `make`, checked.
 
     betas: of adamw and lion, and of muon's AdamW part; momentum: of sgd (0 if not given) and muon (0.95).
-    Equal arguments give the same object, so that runs which share them share one compiled program.
     """
     if name not in OPTIMISERS:
         raise ValueError(unknown("optimizer", name, OPTIMISERS))
@@ -113,18 +131,47 @@ def make(
     momentum = own_momentum if momentum is None else momentum
     if momentum is not None and not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}: it must lie in [0, 1)")
-    rate = (learning_rate, steps, warmup_steps, cooldown_steps, schedule, min_learning_rate)
-    return _build(name, rate, weight_decay, betas, momentum, epsilon, clip or 0.0)
+    return Settings(
+        name,
+        learning_rate,
+        steps,
+        warmup_steps,
+        cooldown_steps,
+        schedule,
+        min_learning_rate,
+        weight_decay,
+        betas,
+        momentum,
+        epsilon,
+        clip or 0.0,
+    )
 
 
-@functools.cache
-def _build(name, rate, weight_decay, betas, momentum, epsilon, clip):
+@functools.wraps(settings)
+def make(*args, **options) -> optax.GradientTransformation:
+    """Clip to the global norm `clip` (None, 0: no clip), the optimiser, decoupled decay of matrices, the schedule.
+
+    Equal arguments give the same object, so that runs which share them share one compiled program.
+    """
+    return _cached(settings(*args, **options))
+
+
+def build(s: Settings) -> optax.GradientTransformation:
+    """The optimiser of settings whose NUMBERS may be arrays; a part whose number is the constant 0 is left out."""
+    rate = (s.learning_rate, s.steps, s.warmup_steps, s.cooldown_steps, s.schedule, s.min_learning_rate)
     return optax.chain(
-        optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        _direction(name, betas, momentum, epsilon),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask) if weight_decay else optax.identity(),
+        optax.clip_by_global_norm(s.clip) if _present(s.clip) else optax.identity(),
+        _direction(s.name, s.betas, s.momentum, s.epsilon),
+        optax.add_decayed_weights(s.weight_decay, mask=decay_mask) if _present(s.weight_decay) else optax.identity(),
         _scale_by_learning_rate(functools.partial(scheduled_rate, *rate)),
     )
+
+
+_cached = functools.cache(build)
+
+
+def _present(number: Number | None) -> bool:
+    return isinstance(number, jax.Array) or bool(number)
 
 
 def _direction(name, betas, momentum, epsilon) -> optax.GradientTransformation:
@@ -132,7 +179,7 @@ def _direction(name, betas, momentum, epsilon) -> optax.GradientTransformation:
     if name == "lion":
         return optax.scale_by_lion(*betas)
     if name == "sgd":
-        return optax.trace(momentum) if momentum else optax.identity()
+        return optax.trace(momentum) if _present(momentum) else optax.identity()
     adam = optax.scale_by_adam(*betas, eps=epsilon)
     if name == "adamw":
         return adam
@@ -152,7 +199,7 @@ def _scale_matrices(updates: PyTree, params: PyTree) -> PyTree:
 
 
 def scheduled_rate(
-    peak: float, steps: int, warmup: int, cooldown: int, schedule: str, floor: float, count: Int[Array, ""]
+    peak: Number, steps: int, warmup: int, cooldown: int, schedule: str, floor: Number, count: Int[Array, ""]
 ) -> Float[Array, ""]:
     """The learning rate of update number `count`, counted from 0."""
     done = jnp.clip((count - warmup) / max(steps - cooldown - warmup, 1), 0.0, 1.0)

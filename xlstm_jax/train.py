@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from xlstm_jax import metrics, optim, sharding
 from xlstm_jax.checkpoint import Checkpoints
@@ -45,7 +45,9 @@ class Diverged(RuntimeError):
     """Loss or gradient became infinite or NaN; the state still is that before the bad step."""
 
 
-def init_state(model: nnx.Module, task, tx: optax.GradientTransformation, batch_size: int, seed: int) -> TrainState:
+def init_state(
+    model: nnx.Module, task, tx: optax.GradientTransformation, batch_size: int, seed: Int[ArrayLike, ""]
+) -> TrainState:
     """Step 0. Every leaf comes out of one program, so that all live on the devices of the parameters."""
     graphdef, params = nnx.split(model)
     carry = model.initial_state(batch_size) if task.carries_state else ()
