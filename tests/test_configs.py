@@ -16,7 +16,9 @@ from xlstm_jax import models
 ROOT = Path(__file__).resolve().parents[1]
 ARGS = {
     "configs/bible.py": ("", "demo", "reduced", "reduced,lstm", "demo,debug"),
+    "configs/scaling.py": ("", "xlstm_7b", "lstm_1b", "xlstm_1.3b,debug"),
     "configs/shakespeare.py": ("", "reduced", "reduced,xlstm[1:1]", "demo,debug"),
+    "configs/papers/tcn_music.py": ("", "reduced", "paper,nottingham", "demo,debug"),
     "configs/papers/xlstm_formal_languages.py": ("", "demo", "reduced", "paper", "reduced,debug"),
 }
 BIBLE = str(ROOT / "configs/bible.py")
@@ -37,13 +39,15 @@ def test_builds_is_locked_and_lists_distinct_runs(file, arg):
         sweep.base.stepz = 1
     ids = [run.id for run in sweep.runs]
     assert len(set(ids)) == len(ids) > 0
-    assert all(sweep.config(run).is_locked and sweep.expected_seconds(run) > 0 for run in sweep.runs)
-    assert expected(sweep.module.TABLE, sweep)
+    assert all(sweep.config(run).is_locked for run in sweep.runs)
+    if hasattr(sweep.module, "sweep"):
+        assert all(sweep.expected_seconds(run) > 0 for run in sweep.runs)
+        assert expected(sweep.module.TABLE, sweep)
 
 
 @pytest.mark.parametrize("file", ARGS)
 def test_wrong_argument_names_the_valid_ones(file):
-    with pytest.raises(ValueError, match="demo.*reduced.*debug") as error:
+    with pytest.raises(ValueError, match="wanted are one of .*; and debug") as error:
         planning.load(f"{ROOT / file}:dmeo")
     assert "\n" not in str(error.value)
 

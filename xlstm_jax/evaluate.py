@@ -129,7 +129,7 @@ def row_scores(
     chunk: int = 256,
     end: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each row of tokens (N,), read from the empty state: nats of all but the first (N - 1,), and 1.0 where likeliest.
+    """For each row of tokens (N,), read from the empty state: nats, and 1.0 where likeliest, of all but the first.
 
     `batch_size` rows at once, `chunk` tokens at a time. end: the token that begins a document, at which the state is
     emptied.

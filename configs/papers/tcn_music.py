@@ -15,7 +15,8 @@
 the weights of the best epoch on the validation split; here the number of passes is chosen by it, each with its own
 cosine schedule.
 
-Expected with `reduced`: about 8.5 nats a frame on JSB, where a model of the keys' frequencies alone has 11.06 (Nottingham: 10.25).
+Expected with `reduced`: about 8.5 nats a frame on JSB, where a model of the keys' frequencies alone has 11.06
+(Nottingham: 10.25).
 """
 
 import itertools
@@ -121,7 +122,7 @@ TABLE = dict(
     differences="Paper: rows of one piece, SGD or Adam, the best epoch by the validation split, models of about 300 "
     "thousand parameters (JSB) and 1 million (Nottingham), LSTM of 2 layers of 200 (3 of 280), dropout 0.2 (0.1), clip "
     "1 (0.5), forget bias 10 (JSB; not given for Nottingham: 1); settings of the GRU not known, here the LSTM's. Here: "
-    "rows of {config[batch_size]}, at most {config[task][max_frames]} frames of a piece in training (0: all), Adam with "
+    "rows of {config[batch_size]}, at most {config[task][max_frames]} frames of a piece in training (0: all), Adam, "
     "learning rate {config[optimizer][learning_rate]:g} and cosine decay, the number of steps chosen on the validation "
     "split from {swept[steps]}, seeds {swept[seed]}; dropout on the outputs of each layer.",
 )
