@@ -1,4 +1,4 @@
-"""Sequence models for tasks: an answer a step (`Tagger`, of real inputs `FeatureTagger`) or a sequence (`Classifier`)."""
+"""Sequence models for tasks: an answer a step (`Tagger`, of real inputs `FeatureTagger`) or one (`Classifier`)."""
 
 from typing import Any
 
