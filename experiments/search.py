@@ -1,6 +1,6 @@
 """Search beyond grids: `--config=FILE.py[:arg]@random,TRIALS,SEED` or `@tpe,TRIALS,SEED`, behind the same sweep.
 
-A config's `search(arg)` gives a space, {"optimizer.learning_rate": log_uniform(1e-4, 1e-1), "model.dim": choice(32, 64)};
+A config's `search(arg)` gives a space, {"optimizer.learning_rate": log_uniform(1e-4, 0.1), "seed": choice(0, 1, 2)};
 every row of its `sweep(arg)` gets TRIALS runs, each the row and a draw from the space.
 
 random    draw t depends on (SEED, t) alone: the same for every row, and a larger TRIALS keeps the runs that there are
