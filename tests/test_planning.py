@@ -84,7 +84,7 @@ def test_the_plan_of_many_runs_is_one_line_each_and_json(source, tmp_path, capsy
         file.write("\ndef sweep(arg=None): return [{'seed': n, 'model.dim': 8 * (1 + n // 100)} for n in range(200)]\n")
     argv = ["plan", f"--config={source}", f"--workdir={tmp_path / 'w'}"]
     assert sweep.main(argv, run_one=lambda *_: None) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "missing" in line.split()]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.split()[1:2] == ["missing"]]
     assert len(lines) == 200 and len({len(line) for line in lines}) == 1
     assert sweep.main([*argv, "--json", "--vectorize=on"], run_one=lambda *_: None) == 0
     found = json.loads(capsys.readouterr().out)

@@ -147,7 +147,7 @@ def test_plan_and_status_start_nothing(config, tmp_path, capsys):
     assert start("plan", config, workdir, trainer=trainer) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     runs = load(config).runs
-    lines = sorted((line[0], line[1], line[-1]) for line in lines if "missing" in line)
+    lines = sorted((line[0], line[1], line[-1]) for line in lines if line[1:2] == ["missing"])
     assert lines == [(str(i), "missing", run.id) for i, run in enumerate(runs)]
     assert not workdir.exists()
     start("run", config, workdir, trainer=Trainer(fail=["b1"]))
