@@ -193,7 +193,9 @@ def main(argv: list[str], run_one=None) -> int:
     if options.action in ("run", "submit"):
         return searched(sweep, options, console, run_one)
     rows.check(options.workdir, sweep)
-    if options.action == "plan":
+    if not sweep.runs:
+        say(console, "the search has proposed no run yet")
+    elif options.action == "plan":
         plan(sweep, options, console, memory=run_one is None)
     else:
         status.show(sweep, options.workdir, console, lambda: launchers.queued(options.workdir), options.watch)

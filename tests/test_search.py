@@ -73,9 +73,11 @@ def test_equal_draws_are_one_run():
     assert sorted(row["seed"] for row in found) == [0, 1]
 
 
-def test_tpe_comes_near_the_best_and_a_killed_search_goes_on(source, tmp_path, monkeypatch):
+def test_tpe_comes_near_the_best_and_a_killed_search_goes_on(source, tmp_path, capsys):
     pytest.importorskip("optuna")
     calls, more = [], []
+    assert sweep.main(["status", f"--config={source}@tpe,8,0", f"--workdir={tmp_path / 'w'}"]) == 0
+    assert "the search has proposed no run yet" in capsys.readouterr().out
     assert start(source, tmp_path / "w", "--search=tpe", "--trials=8", calls=calls) == 0
     file = tmp_path / "w" / search.PROPOSED
     assert len(calls) == 16 and len(file.read_text().splitlines()) == 16
