@@ -11,6 +11,7 @@ tpe       Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), a st
 import itertools
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,7 +143,9 @@ def propose(
     with metrics.Lines(workdir / PROPOSED) as lines:
         for row, base in enumerate(changes):
             mine = [each for each in known if each["row"] == row]
-            sampler = optuna.samplers.TPESampler(seed=search.seed + len(mine), constant_liar=True)
+            with warnings.catch_warnings(action="ignore"):  # that the constant liar is experimental
+                seed = (search.seed * 100_003 + len(mine)) % 2**32
+                sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
             study = optuna.create_study(sampler=sampler, direction="minimize" if lower else "maximize")
             for each in mine:
                 study.add_trial(_trial(optuna, each["drawn"], space, values.get(key(each["overrides"]))))
