@@ -1,4 +1,4 @@
-"""From `--config=FILE.py[:arg] --config.a.b=v` to the runs of a sweep: their overrides, and an id for each."""
+"""From `--config=FILE.py[:arg][@search] --config.a.b=v` to the runs of a sweep: their overrides, and an id for each."""
 
 import ast
 import difflib
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from experiments import search
 from experiments.build import abstract_model, build_optimizer, build_task, flatten, options_of, resolve
 from xlstm_jax.names import unknown
 
@@ -31,10 +32,11 @@ class Run(NamedTuple):
 class Sweep(NamedTuple):
     """A config file read with its argument: the base config, every run, and the file itself (for its TABLE)."""
 
-    source: str  # FILE.py[:arg]
+    source: str  # FILE.py[:arg][@search]
     base: ConfigDict
     runs: list[Run]
     module: ModuleType
+    changes: list[dict[str, Any]] = []  # the rows of sweep(), before any search
 
     def config(self, run: Run) -> ConfigDict:
         """The base config with the overrides of one run, locked."""
@@ -43,20 +45,33 @@ class Sweep(NamedTuple):
     def expected_seconds(self, run: Run) -> float | None:
         """What the config file says how long the run takes, if it says so."""
         ask = getattr(self.module, "expected_seconds", None)
-        return ask(self.source.partition(":")[2] or None, run.overrides) if ask else None
+        return ask(parts(self.source)[1], run.overrides) if ask else None
 
 
-def load(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:
-    """Reads "FILE.py[:arg]" and command-line overrides "a.b=v"; checks every run's fields before anything starts."""
+def parts(source: str) -> tuple[str, str | None, str]:
+    """ "FILE.py:arg@random,20,0" -> ("FILE.py", "arg", "random,20,0")."""
+    path, _, found = source.rpartition("@") if "@" in source.rpartition(".py")[2] else (source, "", "")
+    path, _, arg = path.partition(":")
+    return path, arg or None, found
+
+
+def load(source: str, overrides: list[str] | tuple[str, ...] = (), workdir: Path | None = None) -> Sweep:
+    """Reads "FILE.py[:arg][@search]" and command-line overrides "a.b=v"; checks every run's fields before anything
+    starts. The runs of a search that learns from results are those proposed in `workdir` so far."""
     base, module = read(source, overrides)
-    arg = source.partition(":")[2] or None
+    _, arg, words = parts(source)
+    wanted = search.parse(words)
     changes = _ask(module, lambda: list(module.sweep(arg))) if hasattr(module, "sweep") else [{}]
     for name, _ in map(parse_override, overrides):
         if changes and all(name in each for each in changes):
             raise ValueError(
                 f"--config.{name}: every run of the sweep sets this field itself; change sweep() in {source}"
             )
-    sweep = Sweep(source, base, [Run(run_id(each), each) for each in changes], module)
+    rows = changes
+    if wanted:
+        space = search_space(source, module, changes)
+        rows = search.random_rows(space, wanted, changes) if wanted.method == "random" else _proposed(workdir)
+    sweep = Sweep(source, base, [Run(run_id(each), each) for each in rows], module, changes)
     seen: dict[str, dict] = {}
     for run in sweep.runs:
         if run.id in seen:
@@ -66,9 +81,24 @@ def load(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:
     return sweep
 
 
+def search_space(source: str, module: ModuleType, changes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the config's search(arg) says, checked."""
+    if not hasattr(module, "search"):
+        raise ValueError(f"--config={source}: the file has no search(arg), which gives the space of the search")
+    space = _ask(module, lambda: module.search(parts(source)[1]))
+    search.check_space(space, changes)
+    return space
+
+
+def _proposed(workdir: Path | None) -> list[dict[str, Any]]:
+    """Overrides that a search has proposed, each once."""
+    found = {search.key(each["overrides"]): each["overrides"] for each in search.proposals(workdir)} if workdir else {}
+    return list(found.values())
+
+
 def read(source: str, overrides: list[str] | tuple[str, ...] = ()) -> tuple[ConfigDict, ModuleType]:
     """The config of "FILE.py[:arg]" with overrides "a.b=v", and the file itself."""
-    path, _, arg = source.partition(":")
+    path, arg, _ = parts(source)
     file = Path(path)
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"--config={path}: no such Python file")
@@ -79,7 +109,7 @@ def read(source: str, overrides: list[str] | tuple[str, ...] = ()) -> tuple[Conf
     _ask(module, lambda: spec.loader.exec_module(module))
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config={path}: the file has no get_config(arg)")
-    base = _ask(module, lambda: module.get_config(arg or None))
+    base = _ask(module, lambda: module.get_config(arg))
     if not isinstance(base, ConfigDict):
         raise ValueError(f"--config={path}: get_config returns a {type(base).__name__}: a ConfigDict is needed")
     return override(base, dict(map(parse_override, overrides))), module
@@ -161,9 +191,9 @@ def _no_field(base: ConfigDict, fields: dict[str, Any], name: str, value: Any) -
 
 def headline(source: str, module: ModuleType, configs: list[ConfigDict], workdir: Path) -> str:
     """What is about to run: file, preset, models, tasks, folder."""
-    path, _, arg = source.partition(":")
+    path, arg, _ = parts(source)
     presets = list(getattr(module, "PRESETS", ()))
-    preset = next((name for name in presets if name in arg.split(",")), None)
+    preset = next((name for name in presets if name in (arg or "").split(",")), None)
     if presets and preset is None:
         preset = f"{presets[0]} (as none is named; there are {', '.join(presets)})"
     words = [path, f"preset {preset}" if preset else f"argument {arg or 'none'}"]

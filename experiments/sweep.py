@@ -11,6 +11,9 @@
     --launcher_option=name=value    local: workers memory; slurm: partition time gpus_per_node runs_per_job …;
                        ray: address cpus gpus; a wrong name lists the nearest
     --vectorize=auto|on|off    runs that differ in seed and optimiser numbers as one program (auto: not on a CPU)
+    --search=random|tpe --trials=20 --search_seed=0
+                       runs drawn from the config's search(arg), TRIALS for each row of its sweep(arg); the same as
+                       --config=FILE.py[:arg]@random,20,0, by which the other commands know such a sweep
     --retry=failed     also what had failed; without it a failed run is only named
     --index=K          only the K-th run of the plan, from 0
     --config.a.b=v     changes a field for all runs but those that the sweep itself gives another value
@@ -20,13 +23,14 @@ Exit codes: 0 all asked-for runs are done, 1 some are not (a list says which), 2
 
 import argparse
 import json
+import os
 import sys
 
 from rich.console import Console
 
-from experiments import command, launch, launchers, overview, rows, status, table, vectorize
+from experiments import command, launch, launchers, overview, rows, search, status, table, vectorize
 from experiments.launchers.local import share_cores, worker_command
-from experiments.planning import Sweep, headline, load, validate
+from experiments.planning import Sweep, headline, load, parts, search_space, validate
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -42,10 +46,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--watch", action="store_true")
     parser.add_argument("--index", type=int)
     parser.add_argument("--vectorize", choices=vectorize.MODES, default="auto")
+    parser.add_argument("--search", choices=search.METHODS)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--search_seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # K/N, set by a launcher
     parser.add_argument("--only", help=argparse.SUPPRESS)  # ID,ID, set by a launcher
-    return parser.with_overrides(argv)
+    options = parser.with_overrides(argv)
+    if options.search:
+        options.config += f"@{options.search},{options.trials},{options.search_seed}"
+    return options
 
 
 def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=None) -> int:
@@ -94,6 +104,29 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
         say(console, "--retry=failed runs the failed ones again")
     say(console, f"{len(sweep.runs) - len(left)} of {len(sweep.runs)} runs done: {workdir / rows.RESULTS}")
     return 1 if left else 0
+
+
+def searched(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=None) -> int:
+    """`run`; where a search learns from results, a round after the other, each with a proposal for every worker."""
+    found = search.parse(parts(sweep.source)[2])
+    if found is None or found.method == "random" or options.worker or options.only:
+        return run(sweep, options, console, run_one)
+    if options.action == "submit":
+        raise ValueError("--search=tpe learns from the results of its runs: use run, which waits for them, not submit")
+    made = getattr(sweep.module, "TABLE", {})
+    if "select" not in made:
+        raise ValueError("--search=tpe needs TABLE['select'], the validation metric that it is to improve")
+    space, lower = search_space(sweep.source, sweep.module, sweep.changes), bool(made.get("lower_is_better"))
+    most = 1 if options.launcher == "inline" else options.workers or os.cpu_count() or 1
+    rows.prepare(options.workdir, sweep)
+    code = run(sweep, options, console, run_one) if sweep.runs else 0
+    while True:
+        done = rows.read(options.workdir).values()
+        values = {search.key(row["overrides"]): table.number(row, made["select"]) for row in done}
+        if not search.propose(options.workdir, space, found, sweep.changes, values, lower, most):
+            return code
+        sweep = load(options.config, options.overrides, options.workdir)
+        code = run(sweep, options, console, run_one)
 
 
 def submit(sweep: Sweep, options: argparse.Namespace, found: dict, console: Console) -> int:
@@ -156,11 +189,13 @@ def say(console: Console, line: str) -> None:
 def main(argv: list[str], run_one=None) -> int:
     options = parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 240)
-    sweep = load(options.config, options.overrides)
+    sweep = load(options.config, options.overrides, options.workdir)
     if options.action in ("run", "submit"):
-        return run(sweep, options, console, run_one)
+        return searched(sweep, options, console, run_one)
     rows.check(options.workdir, sweep)
-    if options.action == "plan":
+    if not sweep.runs:
+        say(console, "the search has proposed no run yet")
+    elif options.action == "plan":
         plan(sweep, options, console, memory=run_one is None)
     else:
         status.show(sweep, options.workdir, console, lambda: launchers.queued(options.workdir), options.watch)

@@ -17,10 +17,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from experiments import launch, rows
+from experiments import launch, rows, train
 from experiments.build import COUNTS, INTERVALS, abstract_model, build_model, build_optimizer, build_task, resolve
 from experiments.planning import Run, Sweep
-from experiments.train import check_workdir, use_compilation_cache
 from xlstm_jax import metrics, optim, vectorize
 from xlstm_jax.data import tokenizers
 
@@ -42,35 +41,42 @@ def program(config: ConfigDict, together: bool = True) -> str:
 
 
 def groups(sweep: Sweep, runs: list[Run], most: int = TOGETHER) -> list[list[Run]]:
-    """The runs by program, in the sweep's order, at most `most` in each."""
+    """The runs by program, in the sweep's order, at most `most` in each; one that has a mesh of its own is alone."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(program(sweep.config(run)), []).append(run)
+        config = sweep.config(run)
+        found.setdefault(run.id if config.get("mesh") else program(config), []).append(run)
     return [group[start : start + most] for group in found.values() for start in range(0, len(group), most)]
 
 
 def launch_groups(
     sweep: Sweep, workdir: Path, *, console: Console, runs: list[Run] | None = None, run_group: Callable | None = None
 ) -> None:
-    """Run what is missing, a group at a time; a run that fails leaves error.txt and the others go on."""
+    """Run what is missing, a group at a time; a run that fails leaves error.txt and the others go on.
+
+    As `launch.inline`, this passes over what is done, failed or another process's, and a full disk stops all.
+    """
     done, run_group = rows.read(workdir), run_group or together
     queue = groups(sweep, [run for run in (sweep.runs if runs is None else runs) if run.id not in done])
     while queue:
-        group, done = queue.pop(0), rows.read(workdir)
+        group = queue.pop(0)
         with contextlib.ExitStack() as stack:
-            mine = [run for run in group if stack.enter_context(rows.claim(workdir, run)) and run.id not in done]
+            mine = [run for run in group if stack.enter_context(rows.claim(workdir, run))]
+            done = rows.read(workdir)
+            mine = [run for run in mine if run.id not in done and not rows.error_file(workdir, run).exists()]
             if not mine:
                 continue
             left = launch.clock_or_unknown(launch.seconds_left(sweep, [*mine, *(r for g in queue for r in g)], done))
             console.print(f"{len(mine)} runs at once: {mine[0].id} and on (sweep: {left} left)", highlight=False)
             folders = [workdir / "runs" / run.id for run in mine]
-            for run, folder in zip(mine, folders):
+            for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
-                rows.error_file(workdir, run).unlink(missing_ok=True)
             start = time.monotonic()
             try:
                 results = run_group([sweep.config(run) for run in mine], folders)
             except Exception as error:
+                if launch.is_full(error):
+                    raise
                 if len(mine) > 1 and "RESOURCE_EXHAUSTED" in str(error):
                     half = len(mine) // 2
                     console.print(f"  out of memory: {half} runs at once from now on", highlight=False)
@@ -88,7 +94,9 @@ def launch_groups(
 
 
 def together(configs: list[ConfigDict], folders: list[Path], progress: bool = True) -> list[dict[str, Any] | Exception]:
-    """Train runs of one program, or go on with them: each one's result row, or how it diverged."""
+    """Train runs of one program, or go on with them: each one's result row, or how it diverged. One is run alone."""
+    if len(configs) == 1:
+        return [train.run(configs[0], folders[0], progress=progress)]
     plains = [resolve(config) for config in configs]
     first, task = plains[0], build_task(plains[0])
     for plain in plains:
@@ -96,8 +104,8 @@ def together(configs: list[ConfigDict], folders: list[Path], progress: bool = Tr
     graphdef, _ = abstract_model(first, task)
     data_hash = getattr(task, "data_hash", None)
     folders = [Path(folder).absolute() for folder in folders]
-    found = [check_workdir(folder, plain, data_hash) for folder, plain in zip(folders, plains)]
-    use_compilation_cache()
+    found = [train.check_workdir(folder, plain, data_hash) for folder, plain in zip(folders, plains)]
+    train.use_compilation_cache()
     environment = metrics.environment()
     environment["precision"]["dtype"] = str(first["model"].get("dtype") or "float32")
     initial = jax.jit(lambda seed: nnx.split(build_model(first, task, seed))[1])

@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from experiments import overview, planning, rows, sweep, vectorize
+from experiments import overview, planning, rows, sweep, throughput, vectorize
 from xlstm_jax import metrics
 
 CONFIG = """
@@ -84,7 +84,7 @@ def test_the_plan_of_many_runs_is_one_line_each_and_json(source, tmp_path, capsy
         file.write("\ndef sweep(arg=None): return [{'seed': n, 'model.dim': 8 * (1 + n // 100)} for n in range(200)]\n")
     argv = ["plan", f"--config={source}", f"--workdir={tmp_path / 'w'}"]
     assert sweep.main(argv, run_one=lambda *_: None) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "missing" in line.split()]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.split()[1:2] == ["missing"]]
     assert len(lines) == 200 and len({len(line) for line in lines}) == 1
     assert sweep.main([*argv, "--json", "--vectorize=on"], run_one=lambda *_: None) == 0
     found = json.loads(capsys.readouterr().out)
@@ -144,3 +144,18 @@ def test_a_group_really_runs(source, tmp_path):
     assert len(set(losses)) == len(losses)
     before = (tmp_path / "w/results.jsonl").read_bytes()
     assert sweep.main(argv) == 0 and (tmp_path / "w/results.jsonl").read_bytes() == before
+
+
+def test_throughput_writes_rows_and_a_table(source, tmp_path, capsys, monkeypatch):
+    """Of one vectorised run and one alone; the measurement itself is that of a stand-in."""
+    calls = []
+    monkeypatch.setattr(throughput.vectorize, "together", lambda configs, *_, **__: calls.append(len(configs)) or [])
+    monkeypatch.setattr(throughput.train, "run", lambda config, *_, **__: calls.append(config.seed) or {})
+    monkeypatch.setattr(throughput.jax.config, "update", lambda *_: None)
+    argv = [f"--config={source}", "--runs=1,2", "--steps=2", f"--out={tmp_path / 'out'}"]
+    assert throughput.main(argv) == 0 and calls == [0, 1, 1, 1, 0, 1, 2, 3, 2, 2]
+    found = metrics.read(tmp_path / "out/rows.jsonl")
+    assert [(row["runs"], row["vectorized"]) for row in found] == [(1, False), (1, True), (2, False), (2, True)]
+    text = throughput.markdown([row | {"again": row["runs"] * 2.0 ** (not row["vectorized"])} for row in found])
+    assert [line.split("|")[2:4] for line in text.splitlines()[2:4]] == [[" 2.00 ", " 1.00 "], [" 4.00 ", " 2.00 "]]
+    assert throughput.main(["--runs=1,x"]) == 2 and "numbers of runs" in capsys.readouterr().err

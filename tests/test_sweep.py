@@ -145,9 +145,10 @@ def test_index_runs_one(config, tmp_path, capsys):
 def test_plan_and_status_start_nothing(config, tmp_path, capsys):
     workdir, trainer = tmp_path / "w", Trainer()
     assert start("plan", config, workdir, trainer=trainer) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     runs = load(config).runs
-    assert [line.split() for line in lines] == [[str(i), "missing", run.id] for i, run in enumerate(runs)]
+    lines = sorted((line[0], line[1], line[-1]) for line in lines if line[1:2] == ["missing"])
+    assert lines == [(str(i), "missing", run.id) for i, run in enumerate(runs)]
     assert not workdir.exists()
     start("run", config, workdir, trainer=Trainer(fail=["b1"]))
     capsys.readouterr()

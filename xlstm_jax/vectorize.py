@@ -265,6 +265,6 @@ def _evaluate(
         )
     sums = jax.device_get(sums)
     return [
-        task.metrics({name: math.fsum(float(one[name][index]) for one in sums) for name in sums[0]})
+        task.metrics({name: np.sum([one[name][index] for one in sums], axis=0, dtype=np.float64) for name in sums[0]})
         for index in range(count)
     ]
