@@ -116,7 +116,9 @@ const found = {}, ids = () => [...document.querySelectorAll("#runs tbody tr")].m
 const lines = id => document.querySelectorAll("#" + id + " path").length;
 const press = name => [...document.querySelectorAll("#runs th button")].find(
   button => button.textContent.startsWith(name)).click();
-const type = text => { const box = document.getElementById("filter"); box.value = text; box.dispatchEvent(new Event("input")); };
+const type = text => {
+  const box = document.getElementById("filter"); box.value = text; box.dispatchEvent(new Event("input"));
+};
 found.start = ids();
 found.lines = [lines("curves"), lines("lengths"), lines("parallel")];
 press("valid_accuracy"); found.up = ids();
@@ -131,7 +133,8 @@ type("failed"); document.querySelector("#runs tbody tr").click();
 found.error = document.getElementById("error").textContent;
 type(""); document.getElementById("log").click(); found.log = lines("curves");
 found.title = document.title; found.images = document.images.length;
-const out = document.createElement("pre"); out.id = "found"; out.textContent = JSON.stringify(found); document.body.append(out);
+const out = document.createElement("pre"); out.id = "found"; out.textContent = JSON.stringify(found);
+document.body.append(out);
 </script>"""
 
 
