@@ -10,10 +10,10 @@
 | `xlstm_7b`   | xLSTM 7B (arXiv:2503.13427)                   | 512 x 8,192           | v5p:8x8x8, v5e:16x16*2 |
 | `lstm_1b`    | 24 LSTM blocks of width 2,048                 | 512 x 2,048           | v4:4x4x4               |
 
-The corpus is a file of token ids, `tokens.npy`, until `--config.task.corpus` names another. `debug` after any
-shrinks it to seconds. The papers' [7:1] puts its six sLSTM blocks at six other places (`models.SIZES`); at every eighth,
-as here, eight blocks are compiled and not 13 runs of them. The numbers of steps are those of 300 billion tokens (7B: of
-2.3 trillion). `config.mesh` divides over the axes of `xlstm_jax.sharding`.
+The corpus is a file of token ids, `tokens.npy`, until `--config.task.corpus` names another. `debug` after any of them
+shrinks it to seconds. The papers' [7:1] puts its six sLSTM blocks at six other places (`models.SIZES`); at every
+eighth, as here, eight blocks are compiled and not 13 runs of them. The numbers of steps are those of 300 billion tokens
+(7B: of 2.3 trillion). `config.mesh` divides over the axes of `xlstm_jax.sharding`.
 """
 
 from ml_collections import ConfigDict

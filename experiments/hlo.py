@@ -37,7 +37,10 @@ def collectives(text: str, slice_size: int | None = None) -> list[Collective]:
                 if key not in seen:  # a fused asynchronous one is written in several places
                     seen.add(key)
                     group, crosses = _group(line, slice_size)
-                    found.append(Collective(kind[2], times, _bytes(kind[1], kind[2], group), group, in_time, crosses))
+                    # a TPU's reduce-scatter is an all-reduce and a slice in a computation of that name
+                    what = "reduce-scatter" if "all-reduce-scatter" in name else kind[2]
+                    size = _bytes(kind[1], kind[2], bool(kind[3]), group)
+                    found.append(Collective(what, times, size, group, in_time, crosses))
             loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
                 scope = re.search(r'op_name="([^"]*)"', line)
@@ -73,13 +76,17 @@ def _trips(line: str, condition: list[str]) -> int:
     return max((int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)), default=1)
 
 
-def _bytes(result: str, kind: str, group: int) -> int:
-    """Of the arrays in a result's type; the larger one alone where an asynchronous start holds operand and result."""
+def _bytes(result: str, kind: str, start: bool, group: int) -> int:
+    """Of the arrays in a result's type; without the operands that the result of an asynchronous start holds too."""
     sizes = []
     for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
         bits = BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["32"])[0])
         sizes.append(math.prod(int(n) for n in shape.split(",") if n) * bits // 8)
     total = sum(sizes)
+    if start and kind == "all-gather":
+        return total * group // (group + 1)
+    if start and kind in ("collective-permute", "all-to-all"):
+        return total // 2
     return total * group if kind == "reduce-scatter" else total
 
 

@@ -111,12 +111,8 @@ def check_budget(path):
     """Compiled again: memory and bytes within 3 %, no more collectives than there, none in a loop over time."""
     budget = json.loads(path.read_text())
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "experiments.plan", f"--config={budget['config']}"]
-    command += [
-        f"--topology={budget['topology']}",
-        "--json=/dev/stdout",
-        *(f"--config.{o}" for o in budget["overrides"]),
-    ]
+    command = [sys.executable, "-m", "experiments.plan", f"--config={budget['config']}", "--json=/dev/stdout"]
+    command += [f"--topology={budget['topology']}", *(f"--config.{each}" for each in budget["overrides"])]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout[done.stdout.index("\n{\n") :])
