@@ -42,12 +42,15 @@ from xlstm_jax.tasks.task import Batch
 CENSUS = {"xla_tpu_enable_async_collective_fusion": "false"}  # else parts of one collective stand in several loops
 
 
-def plan(plain: dict[str, Any], where: Topology) -> dict[str, Any]:
+def plan(plain: dict[str, Any], where: Topology, hlo: Path | None = None) -> dict[str, Any]:
     """The plan of a resolved config on a topology, as plain numbers; bytes and FLOPs are a chip's."""
     program, model, mesh, tokens, seconds = compiled(plain, where)
     chip, chips, steps = where.chip, where.chips, plain["steps"]
     per_chip = mesh.size / chips  # devices a chip: 1, or 2 where each TensorCore is one
-    found = collectives(program.as_text(), mesh.size // where.slices)
+    text = program.as_text()
+    if hlo:
+        hlo.write_text(text, encoding="utf-8")
+    found = collectives(text, mesh.size // where.slices)
     memory = program.memory_analysis()
     specs = sharding.parameter_specs(model, mesh.shape)
     parameters = sum(a.size for a in jax.tree.leaves(nnx.split(model)[1]))
@@ -247,6 +250,7 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--search", action="store_true", help="the largest batch and the cheapest remat that fit")
     arguments.add_argument("--growth", action="store_true", help="also with a batch that grows with the chips")
     arguments.add_argument("--json", type=Path, help="write the plans to this file")
+    arguments.add_argument("--hlo", type=Path, help="write the compiled program to this file")
     arguments.add_argument("--figure", type=Path, help="draw the plans into this file")
     options = arguments.with_overrides(argv)
     places = [topology(name) for name in options.topology.split(",")]
@@ -257,7 +261,8 @@ def main(argv: list[str]) -> int:
         for place in places:
             rows = plain["batch_size"] * (place.chips // places[0].chips if growing else 1)
             try:
-                found = (search if options.search else plan)(plain | {"batch_size": rows}, place)
+                scaled = plain | {"batch_size": rows}
+                found = search(scaled, place) if options.search else plan(scaled, place, options.hlo)
             except (jax.errors.JaxRuntimeError, ValueError) as error:
                 words = f"{place.name}, batch_size={rows}: {' '.join(str(error).split())[:300]}"
                 if not options.growth:
