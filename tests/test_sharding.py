@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.hlo import collectives
@@ -87,6 +88,19 @@ def test_a_mesh_gives_one_devices_step(name, sizes, monkeypatch, capfd):
     new = compare(name, sizes, step(name))
     assert divided(new) == set(sizes) - {"data"}
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+def test_an_exchange_inside_a_loop_is_seen():
+    """What the loops here avoid: a recurrent weight that is divided and not gathered before the loop."""
+    mesh = sharding.make_mesh(dict(fsdp=8))
+    R, h = (jax.device_put(np.ones((8, 8), np.float32), NamedSharding(mesh, P(axis))) for axis in ("fsdp", None))
+
+    def loop(R, h):
+        with jax.named_scope("time"):
+            return jax.lax.scan(lambda h, _: (jnp.tanh(h @ R), None), h, length=T)[0]
+
+    found = collectives(jax.jit(loop).lower(R, h).compile().as_text())
+    assert [(c.in_time_loop, c.count, c.group) for c in found if c.count > 1] == [(True, T, 8)]
 
 
 MLSTM_SHAPE = (2, 32, 2, 4)  # B, T, H, K
