@@ -115,7 +115,7 @@ def mlstm_inputs():
     state = MLSTMState(C, n, rng.normal(size=(B, H)).astype(np.float32))
     reset = np.zeros((B, T), bool)
     reset[0, [9, 17]] = True  # in the second row the state crosses all stretches
-    return (q, k, v, i, f, state), reset, rng.random((B, T)) < 0.8
+    return (q, k, v, i, f, state), jnp.asarray(reset), jnp.asarray(rng.random((B, T)) < 0.8)
 
 
 def value_and_gradient(function, inputs, sizes):
@@ -153,7 +153,7 @@ def linear_inputs():
     a, b = (rng.uniform(0.1, 1, (2, 16, 3)).astype(np.float32) for _ in "ab")
     reset = np.zeros((2, 16), bool)
     reset[0, [5, 9]] = True
-    return (a, b, rng.normal(size=(2, 3)).astype(np.float32)), reset
+    return (a, b, rng.normal(size=(2, 3)).astype(np.float32)), jnp.asarray(reset)
 
 
 def test_linear_recurrence_over_divided_time(monkeypatch):
