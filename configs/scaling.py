@@ -6,14 +6,14 @@
 | argument     | model                                         | batch x steps in time | planned on             |
 |--------------|-----------------------------------------------|-----------------------|------------------------|
 | `xlstm_125m` | xLSTM[1:0] 125M (arXiv:2405.04517, table 3)   | 256 x 2,048           | v5e:4x4                |
-| `xlstm_1.3b` | xLSTM[7:1] 1.3B: every eighth block an sLSTM  | 512 x 2,048           | v5e:16x16              |
+| `xlstm_1.3b` | xLSTM[1:0] 1.3B                               | 512 x 2,048           | v5e:16x16              |
 | `xlstm_7b`   | xLSTM 7B (arXiv:2503.13427)                   | 512 x 8,192           | v5p:8x8x8, v5e:16x16*2 |
 | `lstm_1b`    | 24 LSTM blocks of width 2,048                 | 512 x 2,048           | v4:4x4x4               |
 
 The corpus is a file of token ids, `tokens.npy`, until `--config.task.corpus` names another. `debug` after any of them
-shrinks it to seconds. The papers' [7:1] puts its six sLSTM blocks at six other places (`models.SIZES`); at every
-eighth, as here, eight blocks are compiled and not 13 runs of them. Numbers of steps give the papers' 300 billion tokens
-(7B: 2.3 trillion). `config.mesh` divides over the axes of `xlstm_jax.sharding`.
+shrinks it to seconds. The numbers of steps are those of 300 billion tokens (7B: of 2.3 trillion). `config.mesh` divides
+over the axes of `xlstm_jax.sharding`. `--config.model.backbone="xlstm[7:1]"` has sLSTM blocks too; eight blocks are
+compiled then instead of one.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ LARGE = dict(chunk_size=128, num_heads=8, logit_cap=30.0)
 MODELS = {  # model, (rows, steps in time), tokens, mesh
     "xlstm_125m": (dict(backbone="xlstm[1:0]", dim=768, num_layers=24, num_heads=4), (256, 2048), 300e9, dict(fsdp=-1)),
     "xlstm_1.3b": (
-        dict(backbone="xlstm[7:1]", dim=2048, num_layers=48, num_heads=4),
+        dict(backbone="xlstm[1:0]", dim=2048, num_layers=48, num_heads=4),
         (512, 2048),
         300e9,
         dict(fsdp=-1),
@@ -59,8 +59,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.mesh = dict(mesh)
     if debug:
         common.shrink(config)
-        # heads of the tiny model, and one row of the batch a device
-        config.model.num_layers = 8 if name == "xlstm_1.3b" else 2
+        config.model.num_layers = 2
         config.task.seq_len, config.batch_size, config.eval_batch_size = 16, 8, 8
         config.mesh = dict(data=-1)
     return config.lock()

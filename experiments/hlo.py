@@ -4,6 +4,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "token": 0}
 TIME = re.compile(r"(^|[/(])time([/)]|$)")  # the scope that the loops over time are traced under
@@ -26,6 +28,8 @@ def collectives(text: str, slice_size: int | None = None) -> list[Collective]:
     slice_size: devices of one slice, to tell what crosses between slices.
     """
     computations = _computations(text)
+    everyone = re.search(r"num_partitions=(\d+)", text)
+    everyone = int(everyone[1]) if everyone else 1
     found, seen = [], set()
 
     def walk(name: str, times: int, in_time: bool) -> None:
@@ -36,8 +40,11 @@ def collectives(text: str, slice_size: int | None = None) -> list[Collective]:
                 key = (channel[1] if channel else line, times, in_time)
                 if key not in seen:  # a fused asynchronous one is written in several places
                     seen.add(key)
-                    group, crosses = _group(line, slice_size)
-                    found.append(Collective(kind[2], times, _bytes(kind[1], kind[2], group), group, in_time, crosses))
+                    group, crosses = _group(line, slice_size, everyone)
+                    # a TPU's reduce-scatter is an all-reduce and a slice in a computation of that name
+                    what = "reduce-scatter" if "all-reduce-scatter" in name else kind[2]
+                    size = _bytes(kind[1], kind[2], bool(kind[3]), group)
+                    found.append(Collective(what, times, size, group, in_time, crosses))
             loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
                 scope = re.search(r'op_name="([^"]*)"', line)
@@ -73,18 +80,22 @@ def _trips(line: str, condition: list[str]) -> int:
     return max((int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)), default=1)
 
 
-def _bytes(result: str, kind: str, group: int) -> int:
-    """Of the arrays in a result's type; the larger one alone where an asynchronous start holds operand and result."""
+def _bytes(result: str, kind: str, start: bool, group: int) -> int:
+    """Of the arrays in a result's type; without the operands that the result of an asynchronous start holds too."""
     sizes = []
     for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
         bits = BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["32"])[0])
         sizes.append(math.prod(int(n) for n in shape.split(",") if n) * bits // 8)
     total = sum(sizes)
+    if start and kind == "all-gather":
+        return total * group // (group + 1)
+    if start and kind in ("collective-permute", "all-to-all"):
+        return total // 2
     return total * group if kind == "reduce-scatter" else total
 
 
-def _group(line: str, slice_size: int | None) -> tuple[int, bool]:
-    """Devices in one group, and whether a group holds devices of two slices."""
+def _group(line: str, slice_size: int | None, everyone: int) -> tuple[int, bool]:
+    """Devices in one group, and whether a group holds devices of two slices; an empty list of groups is everyone."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line) or re.search(r"source_target_pairs=\{\{([\d,]+)\}", line)
     if listed:
         members = [int(n) for n in listed[1].split(",")]
@@ -92,9 +103,7 @@ def _group(line: str, slice_size: int | None) -> tuple[int, bool]:
         return len(members), crosses
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if not iota:
-        return 1, False
-    import numpy as np
-
+        return everyone, slice_size is not None and everyone > slice_size
     groups, size = int(iota[1]), int(iota[2])
     ids = np.arange(groups * size).reshape([int(n) for n in iota[3].split(",")])
     if iota[4]:

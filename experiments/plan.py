@@ -5,9 +5,9 @@
     python -m experiments.plan --config=... --topology=v5e:16x16*2 --search
 
 Topologies: v4, v5e, v5p, v6e, tpu7x, by shape or by the name that a user gives (v5e-256); *2 for two slices. `--search`
-tries batches in powers of two and every `layer_remat`, the cheapest first. `--scale_batch` keeps the rows a chip of the
-first topology on the others (weak scaling). Floors are what the chip's published rates allow if all of
-computation, memory and links overlap; nothing here has been timed.
+tries batches in powers of two and every `layer_remat`, the cheapest first. `--growth` plans several topologies twice,
+with one batch and with the first one's rows a chip (strong and weak scaling). Floors are what the chip's published
+rates allow if computation, memory and links overlap entirely; nothing here has been timed.
 """
 
 import json
@@ -42,12 +42,15 @@ from xlstm_jax.tasks.task import Batch
 CENSUS = {"xla_tpu_enable_async_collective_fusion": "false"}  # else parts of one collective stand in several loops
 
 
-def plan(plain: dict[str, Any], where: Topology) -> dict[str, Any]:
+def plan(plain: dict[str, Any], where: Topology, hlo: Path | None = None) -> dict[str, Any]:
     """The plan of a resolved config on a topology, as plain numbers; bytes and FLOPs are a chip's."""
     program, model, mesh, tokens, seconds = compiled(plain, where)
     chip, chips, steps = where.chip, where.chips, plain["steps"]
     per_chip = mesh.size / chips  # devices a chip: 1, or 2 where each TensorCore is one
-    found = collectives(program.as_text(), mesh.size // where.slices)
+    text = program.as_text()
+    if hlo:
+        hlo.write_text(text, encoding="utf-8")
+    found = collectives(text, mesh.size // where.slices)
     memory = program.memory_analysis()
     specs = sharding.parameter_specs(model, mesh.shape)
     parameters = sum(a.size for a in jax.tree.leaves(nnx.split(model)[1]))
@@ -245,28 +248,32 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--config", required=True, help="FILE.py[:arg]")
     arguments.add_argument("--topology", required=True, help="v5e:16x16, v5e-256, v5e:16x16*2; several with commas")
     arguments.add_argument("--search", action="store_true", help="the largest batch and the cheapest remat that fit")
-    arguments.add_argument("--scale_batch", action="store_true", help="the batch grows with the chips")
+    arguments.add_argument("--growth", action="store_true", help="also with a batch that grows with the chips")
     arguments.add_argument("--json", type=Path, help="write the plans to this file")
+    arguments.add_argument("--hlo", type=Path, help="write the compiled program to this file")
     arguments.add_argument("--figure", type=Path, help="draw the plans into this file")
     options = arguments.with_overrides(argv)
     places = [topology(name) for name in options.topology.split(",")]
     config, _ = planning.read(options.config, options.overrides)
     plain = resolve(config)
     plans = []
-    for place in places:
-        scaled = plain
-        if options.scale_batch:
-            scaled = plain | {"batch_size": plain["batch_size"] * place.chips // places[0].chips}
-        try:
-            found = search(scaled, place) if options.search else plan(scaled, place)
-        except jax.errors.JaxRuntimeError as error:
-            words = " ".join(str(error).split())
-            raise ValueError(f"{place.name}: {words[:300]}") from error
-        found = {"config": options.config, "overrides": options.overrides} | found
-        if len(places) > 1:
-            found["scaling"] = "batch grows with the chips" if options.scale_batch else "one batch"
-        plans.append(found)
-        print(table(found) + "\n", flush=True)
+    for growing in (True, False) if options.growth else (False,):
+        for place in places:
+            rows = plain["batch_size"] * (place.chips // places[0].chips if growing else 1)
+            try:
+                scaled = plain | {"batch_size": rows}
+                found = search(scaled, place) if options.search else plan(scaled, place, options.hlo)
+            except (jax.errors.JaxRuntimeError, ValueError) as error:
+                words = f"{place.name}, batch_size={rows}: {' '.join(str(error).split())[:300]}"
+                if not options.growth:
+                    raise ValueError(words) from error
+                print(f"left out: {words}\n", flush=True)
+                continue
+            found = {"config": options.config, "overrides": options.overrides} | found
+            if options.growth:
+                found["scaling"] = "batch grows with the chips" if growing else "one batch"
+            plans.append(found)
+            print(table(found) + "\n", flush=True)
     if options.json:
         options.json.write_text(json.dumps(plans[0] if len(plans) == 1 else plans, indent=1) + "\n", encoding="utf-8")
     if options.figure:

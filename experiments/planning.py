@@ -149,7 +149,7 @@ def override(base: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
         if name.startswith("+"):
             name = name.removeprefix("+")
             section = name.rpartition(".")[0]
-            sections = {field.rpartition(".")[0] for field in fields}
+            sections = {field.rpartition(".")[0] for field in fields} | {"mesh"}
             if section not in sections:
                 raise ValueError(unknown("section", section, sorted(sections - {""})))
             fields[name] = value
@@ -171,7 +171,7 @@ def override(base: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
         *parents, last = name.split(".")
         owner = config
         for parent in parents:
-            owner = owner[parent]
+            owner = owner.setdefault(parent, ConfigDict())
         owner[last] = value
     return config.lock()
 

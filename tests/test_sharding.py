@@ -14,9 +14,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from experiments.hlo import collectives
 from xlstm_jax import models, sharding, train
+from xlstm_jax.kernels import time_sharded
+from xlstm_jax.kernels.linear import linear_recurrence, log_linear_recurrence
+from xlstm_jax.kernels.mlstm import MLSTMState, mlstm
 from xlstm_jax.tasks.task import Batch
 
 B, T = 8, 16
@@ -85,6 +90,19 @@ def test_a_mesh_gives_one_devices_step(name, sizes, monkeypatch, capfd):
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
+def test_an_exchange_inside_a_loop_is_seen():
+    """What the loops here avoid: a recurrent weight that is divided and not gathered before the loop."""
+    mesh = sharding.make_mesh(dict(fsdp=8))
+    R, h = (jax.device_put(np.ones((8, 8), np.float32), NamedSharding(mesh, P(axis))) for axis in ("fsdp", None))
+
+    def loop(R, h):
+        with jax.named_scope("time"):
+            return jax.lax.scan(lambda h, _: (jnp.tanh(h @ R), None), h, length=T)[0]
+
+    found = collectives(jax.jit(loop).lower(R, h).compile().as_text())
+    assert [(c.in_time_loop, c.count, c.group) for c in found if c.count > 1] == [(True, T, 8)]
+
+
 MLSTM_SHAPE = (2, 32, 2, 4)  # B, T, H, K
 
 
@@ -97,7 +115,7 @@ def mlstm_inputs():
     state = MLSTMState(C, n, rng.normal(size=(B, H)).astype(np.float32))
     reset = np.zeros((B, T), bool)
     reset[0, [9, 17]] = True  # in the second row the state crosses all stretches
-    return (q, k, v, i, f, state), reset, rng.random((B, T)) < 0.8
+    return (q, k, v, i, f, state), jnp.asarray(reset), jnp.asarray(rng.random((B, T)) < 0.8)
 
 
 def value_and_gradient(function, inputs, sizes):
@@ -135,7 +153,7 @@ def linear_inputs():
     a, b = (rng.uniform(0.1, 1, (2, 16, 3)).astype(np.float32) for _ in "ab")
     reset = np.zeros((2, 16), bool)
     reset[0, [5, 9]] = True
-    return (a, b, rng.normal(size=(2, 3)).astype(np.float32)), reset
+    return (a, b, rng.normal(size=(2, 3)).astype(np.float32)), jnp.asarray(reset)
 
 
 def test_linear_recurrence_over_divided_time(monkeypatch):

@@ -4,7 +4,7 @@
     tensor   heads, and the widths between them      seq          time, for the mLSTM and the linear cells
 
 Weights are stored in parts and gathered layer by layer, each once before its loop over time (`gathered`); loops over
-time are local to a device (`kernels.local`). A dense LSTM or GRU is never divided along its recurrence, only by rows.
+time are local to a device (`kernels.local`). A dense LSTM or GRU is never divided along its recurrence: its rows are.
 """
 
 import contextlib

@@ -166,7 +166,7 @@ class Stack(Cell):
 
     def call(self, layer, xs, state, mask, reset, key):
         """One layer with its weights gathered, and what `remat` says not kept for its backward pass."""
-        if isinstance(layer, Stack):
+        if isinstance(layer, Stack) or (self.remat == "none" and not local.sizes()):
             return layer(xs, state, mask, reset, key=key)
         graphdef, params = nnx.split(layer)
 
