@@ -1,6 +1,7 @@
 """The chunk length of the forms "fused" and "chunkwise", and remat, from a budget in bytes.
 
-What the fused form's forward and backward together set aside beside their arguments and results, for T steps in chunks of L:
+What the fused form's forward and backward together set aside beside their arguments and results, for T steps in
+chunks of L:
 
     bytes(L) = T step + ceil(T / L) chunk + L work
 
