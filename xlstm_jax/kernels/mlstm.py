@@ -247,21 +247,24 @@ def _chunks(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
     return MLSTMState(C_last, n_last, m_last), h
 
 
-PAIRS = 2**19  # numbers in a matrix of all pairs of steps that are worked on at once: more chunks than that go in turn
+AT_ONCE = 2**19  # numbers in the matrices of pairs, or in the memories, of the chunks that are worked on at once
 
 
-def division(B: int, H: int, T: int, chunk_size: int) -> tuple[int, int, int]:
-    """Groups of chunks, chunks of a group, steps of a chunk: equal ones, whose sum is T or a few steps more."""
+def division(heads: int, memory: int, T: int, chunk_size: int) -> tuple[int, int, int]:
+    """Groups of chunks, chunks of a group, steps of a chunk: equal ones, whose sum is T or a few steps more.
+
+    heads: of all rows together; memory: numbers in that of one.
+    """
     chunks = -(-T // chunk_size)
     L = -(-T // chunks)
-    groups = -(-chunks // max(1, PAIRS // (B * H * L * L)))
+    groups = -(-chunks // max(1, AT_ONCE // (heads * max(L * L, memory))))
     return groups, -(-chunks // groups), L
 
 
 def _chunkwise(inputs, state, chunk_size, options):
     """A scan over groups of chunks, filled up with steps that neither write nor forget."""
     B, H, T = inputs.log_i.shape
-    groups, N, L = division(B, H, T, chunk_size)
+    groups, N, L = division(B * H, math.prod(state.C.shape[2:]), T, chunk_size)
 
     def cut(a, fill=0):
         axis = _time_axis(a)
@@ -285,11 +288,12 @@ class Bytes(NamedTuple):
 
         T step + groups memory + N (4 memory + L work + L^2 pairs)
 
-    in bytes of a step (inputs and outputs as chunks), of a memory, and of what is worked on for a step and for a pair.
+    in bytes of a step (inputs and outputs as chunks), of all heads' memories, and of what is worked on for a step and
+    for a pair. numbers: those of one head's memory.
     """
 
-    B: int
-    H: int
+    heads: int
+    numbers: int
     step: int
     memory: int
     work: int
@@ -297,7 +301,7 @@ class Bytes(NamedTuple):
 
     def total(self, T: int, L: int) -> int:
         """Those for chunks of L steps at most."""
-        groups, N, L = division(self.B, self.H, T, L)
+        groups, N, L = division(self.heads, self.numbers, T, L)
         return T * self.step + groups * self.memory + N * (4 * self.memory + L * self.work + L * L * self.pairs)
 
 
@@ -306,7 +310,7 @@ def chunkwise_bytes(inputs: Inputs, state: MLSTMState) -> Bytes:
     B, H, T, V = inputs.v.shape
     step, wide = size(inputs) // T, state.m.dtype.itemsize
     outputs = B * H * V * wide
-    return Bytes(B, H, step + 2 * outputs, size(state), step + outputs, 4 * B * H * wide)
+    return Bytes(B * H, math.prod(state.C.shape[2:]), step + 2 * outputs, size(state), step + outputs, 4 * B * H * wide)
 
 
 def _time_axis(a: Array) -> int:
