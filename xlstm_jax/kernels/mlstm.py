@@ -247,17 +247,19 @@ def _chunks(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
     return MLSTMState(C_last, n_last, m_last), h
 
 
-AT_ONCE = 2**19  # numbers in the matrices of pairs, or in the memories, of the chunks that are worked on at once
+AT_ONCE = 2**19  # numbers in the matrices of pairs of the chunks that are worked on at once
 
 
 def division(heads: int, memory: int, T: int, chunk_size: int) -> tuple[int, int, int]:
     """Groups of chunks, chunks of a group, steps of a chunk: equal ones, whose sum is T or a few steps more.
 
-    heads: of all rows together; memory: numbers in that of one.
+    heads: of all rows together; memory: numbers in that of one. A memory larger than a matrix of pairs goes alone:
+    several at once cost more to store than their products gain (on a CPU twice the time at 128 x 128 in chunks of 64).
     """
     chunks = -(-T // chunk_size)
     L = -(-T // chunks)
-    groups = -(-chunks // max(1, AT_ONCE // (heads * max(L * L, memory))))
+    at_once = max(1, AT_ONCE // (heads * L * L)) if memory <= L * L else 1
+    groups = -(-chunks // at_once)
     return groups, -(-chunks // groups), L
 
 
