@@ -1,5 +1,6 @@
 """The Pallas kernels: interpreted against the plain scan, compiled for TPUs, and how `form="auto"` chooses."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -57,6 +58,12 @@ def run_recurrent(rule, arrays, options, weights, form, remat=False):
     return jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*arrays)
 
 
+@functools.cache
+def plain(name):
+    """By the scan; both kinds of kernels are compared with it."""
+    return run_recurrent(*case(name), "scan")
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_the_kernel_equals_the_scan(x64, name, monkeypatch):
     """Outputs, last state and all gradients, with tiles smaller than the sizes: 11 steps in blocks of 8 and 4."""
@@ -64,8 +71,7 @@ def test_the_kernel_equals_the_scan(x64, name, monkeypatch):
     both = Tiles(8, 1, 8), Tiles(8, 1, 4)
     monkeypatch.setattr(pallas_plan, "tiles_within", lambda sizes, budget, backward, cores: both[backward])
     got = run_recurrent(rule, arrays, options, weights, "pallas_interpret", rule is gru_rule)
-    want = run_recurrent(rule, arrays, options, weights, "scan")
-    close(got, want, 1e-10 if weights.dtype == jnp.float64 else 1e-5)
+    close(got, plain(name), 1e-10 if weights.dtype == jnp.float64 else 1e-5)
 
 
 def test_a_cell_on_a_simulated_tpu():
@@ -118,10 +124,15 @@ def run_mlstm(form, dtype=jnp.float32, **options):
     return jax.jit(jax.value_and_grad(loss, argnums=range(6), has_aux=True))(*arrays)
 
 
+@functools.cache
+def plain_mlstm(**options):
+    """By the chunkwise form."""
+    return run_mlstm("chunkwise", jnp.float64, **options)
+
+
 @pytest.mark.parametrize("options", [{}, {"input_gate": "sigmoid", "normalize": False}], ids=["exp", "sigmoid"])
 def test_the_mlstm_kernel_equals_the_chunkwise_form(x64, options):
-    got, want = (run_mlstm(form, jnp.float64, **options) for form in ("pallas_interpret", "chunkwise"))
-    close(got, want, 1e-10)
+    close(run_mlstm("pallas_interpret", jnp.float64, **options), plain_mlstm(**options), 1e-10)
 
 
 def test_the_mlstm_on_a_simulated_tpu():

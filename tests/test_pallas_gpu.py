@@ -18,21 +18,18 @@ GPU = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=jax.sharding.Abstr
 def test_the_kernel_equals_the_scan(x64, name, monkeypatch):
     """Outputs, last state and all gradients, of 10 rows in tiles of 16."""
     rule, arrays, options, weights = test_pallas.case(name)
-
-    def run(form, remat=False):
-        return test_pallas.run_recurrent(rule, arrays, options, weights, form, remat)
-
     monkeypatch.setattr(pallas_recurrent_gpu, "ON_CHIP", 2**19)  # float64 is for tests
     with jax.sharding.use_abstract_mesh(GPU):
-        got = run("pallas_interpret", rule is test_pallas.gru_rule)
-    close(got, run("scan"), 1e-10 if weights.dtype == jnp.float64 else 1e-5)
+        remat = rule is test_pallas.gru_rule
+        got = test_pallas.run_recurrent(rule, arrays, options, weights, "pallas_interpret", remat)
+    close(got, test_pallas.plain(name), 1e-10 if weights.dtype == jnp.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"input_gate": "sigmoid", "normalize": False}], ids=["exp", "sigmoid"])
 def test_the_mlstm_kernel_equals_the_chunkwise_form(x64, options):
     with jax.sharding.use_abstract_mesh(GPU):
         got = test_pallas.run_mlstm("pallas_interpret", jnp.float64, **options)
-    close(got, test_pallas.run_mlstm("chunkwise", jnp.float64, **options), 1e-10)
+    close(got, test_pallas.plain_mlstm(**options), 1e-10)
 
 
 CASES = {

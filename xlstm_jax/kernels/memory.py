@@ -1,11 +1,12 @@
 """The chunk length of the forms "fused" and "chunkwise", and remat, from a budget in bytes.
 
-What forward and backward together set aside beside their arguments and results, for T steps in chunks of L:
+What the fused form's forward and backward together set aside beside their arguments and results, for T steps in
+chunks of L:
 
-    bytes(L) = T step + ceil(T / L) chunk + L work + L^2 pairs
+    bytes(L) = T step + ceil(T / L) chunk + L work
 
-with the bytes of what is kept of each step and of each chunk for the gradient, of what is worked on for a step of the
-one chunk at hand, and for a pair of its steps. They are counted from the traced shapes, with no compilation.
+with the bytes of what is kept of each step and of each chunk for the gradient, and of what is worked on for a step of
+the one chunk at hand. They are counted from the traced shapes, with no compilation; `mlstm.Bytes` are the other form's.
 """
 
 import os
@@ -21,16 +22,15 @@ SHORTEST = 8  # steps of a chunk; below it the products are too small to be wort
 
 
 class Bytes(NamedTuple):
-    """The four numbers of the formula."""
+    """The three numbers of the formula."""
 
     step: int
     chunk: int = 0
     work: int = 0
-    pairs: int = 0
 
     def total(self, T: int, L: int) -> int:
         """bytes(L)."""
-        return T * self.step + -(-T // L) * self.chunk + L * self.work + L * L * self.pairs
+        return T * self.step + -(-T // L) * self.chunk + L * self.work
 
 
 class Chunks(NamedTuple):
@@ -71,7 +71,7 @@ def lengths(T: int, preferred: int) -> list[int]:
     return sorted({preferred, *shorter, *longer}, key=lambda L: max(L, preferred) / min(L, preferred))
 
 
-def fitting(T: int, preferred: int, budget: int | str, costs: Iterable[tuple[bool, Bytes]]) -> Chunks:
+def fitting(T: int, preferred: int, budget: int | str, costs: Iterable[tuple[bool, Any]]) -> Chunks:
     """The first that fits: of the ways to compute, in their order, the chunk length nearest to the preferred one."""
     limit = budget_bytes(budget)
     plans = [Chunks(L, remat, cost.total(T, L)) for remat, cost in costs for L in lengths(T, preferred)]

@@ -9,7 +9,8 @@ with log f = log sigmoid(f~) and log i = i~ (`input_gate="exp"`), or log i = log
 
     "recurrent"  one step after another, linear in T
     "parallel"   all pairs of steps at once, quadratic in T
-    "chunkwise"  parallel inside chunks of `chunk_size` steps, recurrent between them; gradients recompute a chunk
+    "chunkwise"  parallel inside chunks of at most `chunk_size` steps, recurrent between them; many chunks go in groups,
+                 which gradients compute again
     "pallas"     the same as one kernel forward and one backward, for a TPU (`pallas_mlstm.py`) or a GPU
                  (`pallas_mlstm_gpu.py`); "pallas_interpret": the same kernel interpreted, on any device, for tests
     "auto"       "pallas" where the program is for one TPU and the kernel serves it, else "chunkwise" (`choice.py`)
@@ -29,8 +30,8 @@ from jaxtyping import Array, Bool, Float
 from ..names import unknown
 from . import local, time_sharded
 from .choice import CHOSEN_FORMS, choose, record, target
-from .memory import Bytes, check_budget, fitting, size
-from .recurrent import select
+from .memory import check_budget, fitting, size
+from .recurrent import emptied, select
 
 
 class MLSTMState(NamedTuple):
@@ -179,85 +180,144 @@ def _recurrent(inputs, state, chunk_size, options):
     return jnp.moveaxis(h, 0, 2), state
 
 
-def _chunk(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
-    """All steps of one chunk at once.
+def _chunks(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
+    """N chunks of L steps: all steps of all chunks at once, and between them the memory from chunk to chunk.
 
     F is the running sum of log f within a sequence, D[t, j] = F_t - F_j + log i_j the log weight of step j at step t,
     base_t the log weight of the memory before the chunk (or of the empty one after a reset).
     """
-    q, k, v, log_i, log_f, reset = inputs  # (B, H, L, .), (B, H, L), (B, L)
-    C, n, m = state
-    L = q.shape[2]
-    allowed = jnp.tril(jnp.ones((L, L), bool))[None, None]
+    q, k, v, log_i, log_f, reset = inputs  # (N, B, H, L, .), (N, B, H, L), (N, B, L)
+    L = q.shape[3]
+    allowed, carried = jnp.tril(jnp.ones((L, L), bool))[None, None, None], None
     if reset is None:
         F = jnp.cumsum(log_f, axis=-1)
-        start = m[..., None]
     else:  # sums that never leave their own sequence, so that nothing before a reset is in them, exactly
-        sound = jnp.isfinite(C).all((2, 3)) & jnp.isfinite(n).all(2) & jnp.isfinite(m)
-        C, n, m = select(sound, state, jax.tree.map(jnp.zeros_like, state))  # 0 times an infinity is no 0
-        segment = jnp.cumsum(reset, axis=-1)
-        allowed = allowed & (segment[:, None, :, None] == segment[:, None, None, :])
-        carried = (segment == 0)[:, None]
+        segment = jnp.cumsum(reset, axis=-1)[:, :, None]
+        allowed = allowed & (segment[..., :, None] == segment[..., None, :])
+        carried = segment == 0
         F = jnp.where(allowed, log_f[..., None, :], 0).sum(axis=-1)
-        start = jnp.where(carried, m[..., None], 0)
-    base = F + start
     D = jnp.where(allowed, F[..., :, None] - F[..., None, :] + log_i[..., None, :], -jnp.inf)
-    m_all = jnp.maximum(base, D.max(axis=-1)) if stabilise else jnp.broadcast_to(start, base.shape)
+    highest = D.max(axis=-1)
+
+    def last(a):
+        return None if a is None else a[..., -1]
+
+    def pass_m(m, of_chunk):
+        F, highest, carried = of_chunk
+        start = emptied(None if carried is None else ~carried, m)
+        return (jnp.maximum(F + start, highest) if stabilise else start), m
+
+    m_last, m = jax.lax.scan(pass_m, state.m, jax.tree.map(last, (F, highest, carried)))
+    if reset is not None:
+        finite_m = jnp.isfinite(m)
+        m = jnp.where(finite_m, m, 0)
+    start = m[..., None] if reset is None else jnp.where(carried, m[..., None], 0)
+    base = F + start
+    m_all = jnp.maximum(base, highest) if stabilise else jnp.broadcast_to(start, base.shape)
     old = jnp.exp(base - m_all)  # weight of the carried memory at each step
     if reset is not None:
         old = jnp.where(carried, old, 0)
     weight = jnp.exp(D - m_all[..., None])
-    P = jnp.einsum("bhtk,bhjk->bhtj", q, k, preferred_element_type=m.dtype) * weight
-    num = old[..., None] * jnp.einsum("bhtk,bhkv->bhtv", q, C) + jnp.einsum("bhtj,bhjv->bhtv", P, v)
-    den = old * jnp.einsum("bhtk,bhk->bht", q, n) + P.sum(axis=-1)
+    written = weight[..., -1, :, None] * k  # what each step leaves in the memory at the end of the chunk
+    C_own = jnp.einsum("nbhjk,nbhjv->nbhkv", written, v, preferred_element_type=m.dtype)
+    n_own = written.sum(axis=3) if normalize else None
+
+    def pass_memory(memory, of_chunk):
+        old, C_own, n_own, given = of_chunk
+        if given is not None:  # a memory that is no number is put back where it is seen: 0 times an infinity is no 0
+            finite_m, carried = given
+            C, n = memory
+            sound = jnp.isfinite(C).all((2, 3)) & jnp.isfinite(n).all(2) & finite_m
+            memory = select(sound, memory, jax.tree.map(jnp.zeros_like, memory))
+        C, n = memory
+        new = old[..., None, None] * C + C_own, old[..., None] * n + n_own if normalize else n
+        if given is None:
+            return new, (C, n, None)
+        lost = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), new)
+        return select(sound | ~carried, new, lost), (C, n, sound)
+
+    given = None if reset is None else (finite_m, last(jnp.broadcast_to(carried, old.shape)))
+    (C_last, n_last), (C, n, sound) = jax.lax.scan(pass_memory, state[:2], (last(old), C_own, n_own, given))
+    P = jnp.einsum("nbhtk,nbhjk->nbhtj", q, k, preferred_element_type=m.dtype) * weight
+    num = old[..., None] * jnp.einsum("nbhtk,nbhkv->nbhtv", q, C) + jnp.einsum("nbhtj,nbhjv->nbhtv", P, v)
+    den = old * jnp.einsum("nbhtk,nbhk->nbht", q, n) + P.sum(axis=-1)
     h = _normalised(num, den, m_all, normalize, eps)
-    last = weight[:, :, -1, :, None] * k  # what each step leaves in the memory at the end of the chunk
-    C = old[..., -1, None, None] * C + jnp.einsum("bhjk,bhjv->bhkv", last, v, preferred_element_type=m.dtype)
-    if normalize:
-        n = old[..., -1, None] * n + last.sum(axis=2)
-    state = MLSTMState(C, n, m_all[..., -1])
     if reset is not None:
-        sound = sound[..., None] | ~carried  # a memory that is no number is put back where it is seen
-        h = jnp.where(sound[..., None], h, jnp.nan)
-        state = select(sound[..., -1], state, jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state))
-    return state, h
+        h = jnp.where((sound[..., None] | ~carried)[..., None], h, jnp.nan)
+    return MLSTMState(C_last, n_last, m_last), h
+
+
+AT_ONCE = 2**19  # numbers in the matrices of pairs of the chunks that are worked on at once
+
+
+def division(heads: int, memory: int, T: int, chunk_size: int) -> tuple[int, int, int]:
+    """Groups of chunks, chunks of a group, steps of a chunk: equal ones, whose sum is T or a few steps more.
+
+    heads: of all rows together; memory: numbers in that of one. A memory larger than a matrix of pairs goes alone:
+    several at once cost more to store than their products gain (on a CPU twice the time at 128 x 128 in chunks of 64).
+    """
+    chunks = -(-T // chunk_size)
+    L = -(-T // chunks)
+    at_once = max(1, AT_ONCE // (heads * L * L)) if memory <= L * L else 1
+    groups = -(-chunks // at_once)
+    return groups, -(-chunks // groups), L
 
 
 def _chunkwise(inputs, state, chunk_size, options):
-    """Whole chunks by a scan, then the shorter tail (which is all there is when T is at most one chunk)."""
-    T = inputs.q.shape[2]
-    L = min(chunk_size, T)
-    whole = T - T % L if T > L else 0
-    chunk = partial(_chunk, **options)
-    pieces = []
-    if whole:
-        state, h = jax.lax.scan(jax.checkpoint(chunk), state, jax.tree.map(partial(_cut, whole, L), inputs))
-        pieces.append(jnp.moveaxis(h, 0, 2).reshape(*h.shape[1:3], whole, h.shape[-1]))
-    if whole < T:
-        tail = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, whole, T, axis=_time_axis(a)), inputs)
-        state, h = chunk(state, tail)
-        pieces.append(h)
-    return jnp.concatenate(pieces, axis=2), state
+    """A scan over groups of chunks, filled up with steps that neither write nor forget."""
+    B, H, T = inputs.log_i.shape
+    groups, N, L = division(B * H, math.prod(state.C.shape[2:]), T, chunk_size)
+
+    def cut(a, fill=0):
+        axis = _time_axis(a)
+        widths = [(0, groups * N * L - T if n == axis else 0) for n in range(a.ndim)]
+        a = jnp.pad(a, widths, constant_values=fill) if widths[axis][1] else a
+        a = a.reshape(*a.shape[:axis], groups, N, L, *a.shape[axis + 1 :])
+        return jnp.moveaxis(a, (axis, axis + 1), (0, 1))
+
+    parts = jax.tree.map(cut, inputs)._replace(log_i=cut(inputs.log_i, -jnp.inf))
+    run = partial(_chunks, **options)
+    if groups == 1:
+        state, h = run(state, jax.tree.map(lambda a: a[0], parts))
+        h = h[None]
+    else:
+        state, h = jax.lax.scan(jax.checkpoint(run), state, parts)
+    return jnp.moveaxis(h, (0, 1), (2, 3)).reshape(B, H, groups * N * L, -1)[:, :, :T], state
+
+
+class Bytes(NamedTuple):
+    """What the chunkwise form sets aside, as in `memory.py`, for groups of N chunks of L steps
+
+        T step + groups memory + N (4 memory + L work + L^2 pairs)
+
+    in bytes of a step (inputs and outputs as chunks), of all heads' memories, and of what is worked on for a step and
+    for a pair. numbers: those of one head's memory.
+    """
+
+    heads: int
+    numbers: int
+    step: int
+    memory: int
+    work: int
+    pairs: int
+
+    def total(self, T: int, L: int) -> int:
+        """Those for chunks of L steps at most."""
+        groups, N, L = division(self.heads, self.numbers, T, L)
+        return T * self.step + groups * self.memory + N * (4 * self.memory + L * self.work + L * L * self.pairs)
 
 
 def chunkwise_bytes(inputs: Inputs, state: MLSTMState) -> Bytes:
-    """What the chunkwise form sets aside: inputs and outputs as chunks, a memory a chunk, a few matrices of pairs."""
+    """From the shapes."""
     B, H, T, V = inputs.v.shape
     step, wide = size(inputs) // T, state.m.dtype.itemsize
     outputs = B * H * V * wide
-    return Bytes(step + 2 * outputs, size(state), 2 * (step + outputs), 4 * B * H * wide)
+    return Bytes(B * H, math.prod(state.C.shape[2:]), step + 2 * outputs, size(state), step + outputs, 4 * B * H * wide)
 
 
 def _time_axis(a: Array) -> int:
     """Reset is (B, T), all others (B, H, T, ...)."""
     return 1 if a.ndim == 2 else 2
-
-
-def _cut(whole, L, a):
-    """The first `whole` steps as chunks of L, chunks leading."""
-    axis = _time_axis(a)
-    a = jax.lax.slice_in_dim(a, 0, whole, axis=axis)
-    return jnp.moveaxis(a.reshape(*a.shape[:axis], whole // L, L, *a.shape[axis + 1 :]), axis, 0)
 
 
 def _parallel(inputs, state, chunk_size, options):

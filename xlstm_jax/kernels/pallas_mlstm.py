@@ -88,7 +88,7 @@ def run(
 
 
 def chunk(plan: Plan, state: MLSTMState, q: Array, k: Array, v: Array, log_i: Array, log_f: Array, segment: Any):
-    """One chunk of one head, as `mlstm._chunk`, in matrices alone: q, k (L, K), v (L, V), gates (1, L), m (1, 1)."""
+    """One chunk of one head, as `mlstm._chunks`, in matrices alone: q, k (L, K), v (L, V), gates (1, L), m (1, 1)."""
     C, n, m = state
     q, k, v = (a.astype(m.dtype) for a in (q, k, v))
     product = partial(matrix_product, dtype=m.dtype)
