@@ -168,8 +168,8 @@ TABLE = dict(
     digits=3,
     paper=dict(
         name="paper",
-        source="Deletang et al. (arXiv 2207.02098), Tab. 2 (numbers as reprinted by later papers): the best of 30 runs, "
-        "test lengths 41-500",
+        source="Delétang et al. (arXiv 2207.02098), Tab. 2 (numbers as reprinted by later papers): the best of 30 "
+        "runs, test lengths 41-500",
         values={
             ("elman", "chomsky_even_pairs"): "≥ 0.900",
             ("elman", "chomsky_modular_arithmetic"): 1.0,
@@ -197,8 +197,8 @@ TABLE = dict(
             ("transformer", "chomsky_odds_first"): 0.528,
             ("transformer", "chomsky_bucket_sort"): "≥ 0.900",
         },
-        missing="no number could be read, or the paper has no such model; ≥ where only 'solved' is known (bucket sort by "
-        "the LSTM is 'almost perfect')",
+        missing="no number could be read, or the paper has no such model; ≥ where only 'solved' is known (bucket sort "
+        "by the LSTM is 'almost perfect')",
     ),
     # memories that this package has no model of
     baselines={

@@ -183,8 +183,8 @@ TABLE = dict(
             },
         ),
     ],
-    differences="Paper: 100,000 steps of batch 1,024 (mLSTM 512), the learning rates 1e-2, 1e-3, 5e-4 and 1e-4, 3 seeds, "
-    "3 layers (parity: 2 of width 128, 4 heads), xLSTM of width 64. Here: {config[steps]:,} steps of batch "
+    differences="Paper: 100,000 steps of batch 1,024 (mLSTM 512), the learning rates 1e-2, 1e-3, 5e-4 and 1e-4, 3 "
+    "seeds, 3 layers (parity: 2 of width 128, 4 heads), xLSTM of width 64. Here: {config[steps]:,} steps of batch "
     "{config[batch_size]}, learning rates {swept[optimizer.learning_rate]}, seeds {swept[seed]}, "
     "{config[model][num_layers]} blocks of width {config[model][dim]} (demo and reduced: LSTM, GRU and Elman one bare "
     "layer of width 64, 1,500 steps), {config[task][num_eval]:,} test samples. S3, A5 and S5 ask for the product at "

@@ -1,4 +1,4 @@
-"""Formal languages: who tracks state, who only remembers. xLSTM (Beck et al., arXiv 2405.04517), Fig. 4, 12, App. B.1.1.
+"""Formal languages: who tracks state, who only remembers. xLSTM (arXiv 2405.04517), Fig. 4 and 12, App. B.1.1.
 
     CONFIG=configs/papers/xlstm_formal_languages.py:reduced
     python -m experiments.sweep run --config=$CONFIG --workdir=runs/formal --launcher=local
@@ -195,8 +195,8 @@ TABLE = dict(
     digits=2,
     paper=dict(
         name="paper",
-        source="xLSTM (arXiv 2405.04517), Fig. 4, in so far as Grazzi et al. (arXiv 2411.12537), Tab. 3, quote it; odds first, "
-        "repetition, reverse string, stack manipulation and set: Fig. 12, where the Transformer is Llama",
+        source="xLSTM (arXiv 2405.04517), Fig. 4, in so far as Grazzi et al. (arXiv 2411.12537), Tab. 3, quote it; odds "
+        "first, repetition, reverse string, stack manipulation and set: Fig. 12, where the Transformer is Llama",
         values={
             ("xlstm[0:1]", "parity"): 1.00,
             ("xlstm[1:0]", "parity"): 0.04,
