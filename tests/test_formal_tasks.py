@@ -29,7 +29,7 @@ def expression(tokens, zero, names="?+-*=()"):
     return "".join(str(t - zero) if t >= zero else names[t] for t in tokens)
 
 
-def evaluate(text):
+def value(text):
     """Brackets decide, and Python binds a unary minus tighter than any operator that is drawn."""
     assert re.fullmatch(r"[0-4+\-*()]+", text)
     return eval(text) % 5
@@ -37,7 +37,7 @@ def evaluate(text):
 
 def solve(text):
     left, right = text.split("=")
-    (answer,) = [x for x in range(5) if evaluate(left.replace("x", str(x))) == int(right)]
+    (answer,) = [x for x in range(5) if value(left.replace("x", str(x))) == int(right)]
     return answer
 
 
@@ -121,7 +121,7 @@ RULES = {  # shown tokens -> answers
     "even_pairs": lambda s: [1 + sum(a != b for a, b in zip(s, s[1:])) % 2],
     "cycle_navigation": lambda s: [4 + (s.count(2) - s.count(3)) % 5],
     "modular_arithmetic": lambda s: [sum_of_products(without(s, 4))],
-    "modular_arithmetic_brackets": lambda s: [7 + evaluate(expression(without(s, 4), 7))],
+    "modular_arithmetic_brackets": lambda s: [7 + value(expression(without(s, 4), 7))],
     "solve_equation": lambda s: [9 + solve(expression(without(s, 7), 9, "?+-*=()?x"))],
     "stack_manipulation": lambda s: stack(without(s, 1)),
     "bucket_sort": sorted,
@@ -133,7 +133,7 @@ RULES = {  # shown tokens -> answers
     "majority": majority,
     "majority_count": lambda s: [min(max(Counter(s).values()), 63)],
     "chomsky_modular_arithmetic": lambda s: [sum_of_products(s)],
-    "chomsky_modular_arithmetic_brackets": lambda s: [7 + evaluate(expression(s, 7))],
+    "chomsky_modular_arithmetic_brackets": lambda s: [7 + value(expression(s, 7))],
     "chomsky_solve_equation": lambda s: [9 + solve(expression(s, 9, "?+-*=()?x"))],
     "chomsky_stack_manipulation": chomsky_stack,
     "chomsky_reverse_string": lambda s: s[::-1],

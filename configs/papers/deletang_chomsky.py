@@ -200,6 +200,7 @@ TABLE = dict(
         missing="no number could be read, or the paper has no such model; ≥ where only 'solved' is known (bucket sort "
         "by the LSTM is 'almost perfect')",
     ),
+    protocol={"steps": 1_000_000, "batch_size": 128},
     # memories that this package has no model of
     baselines={
         "Stack-RNN, paper": {

@@ -153,6 +153,7 @@ TABLE = dict(
         },
         missing="the paper has no such model in that table, or the value is not known here (S3, A5, S5)",
     ),
+    protocol={"steps": 100_000, "batch_size": [1_024, 512]},
     references=[
         dict(
             name="median",

@@ -195,8 +195,8 @@ TABLE = dict(
     digits=2,
     paper=dict(
         name="paper",
-        source="xLSTM (arXiv 2405.04517), Fig. 4, in so far as Grazzi et al. (arXiv 2411.12537), Tab. 3, quote it; odds "
-        "first, repetition, reverse string, stack manipulation and set: Fig. 12, where the Transformer is Llama",
+        source="xLSTM (arXiv 2405.04517), Fig. 4, in so far as Grazzi et al. (arXiv 2411.12537), Tab. 3, quote it; "
+        "odds first, repetition, reverse string, stack manipulation and set: Fig. 12, where the Transformer is Llama",
         values={
             ("xlstm[0:1]", "parity"): 1.00,
             ("xlstm[1:0]", "parity"): 0.04,
