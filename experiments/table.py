@@ -25,17 +25,22 @@ OPTIONAL += ("references", "baselines", "differences", "protocol")
 
 def cells(table: dict[str, Any], done: list[dict]) -> dict[tuple[str, str], Cell]:
     """(row, column) -> Cell, from the result rows of a sweep."""
-    places: dict[tuple[str, str], list[dict]] = {}
-    for result in done:
-        place = field(result, table["row"]), field(result, table["column"])
-        if place[0] in table["rows"] and place[1] in table["columns"]:
-            places.setdefault(place, []).append(result)
     found = {}
-    for place, results in places.items():
+    for place, results in places(table, done).items():
         made, runs = aggregation.cell(table, results, number)
         found[place] = made._replace(reduced=reduced(table, runs))
     mixed = len({len(each.runs) for each in found.values()}) > 1
     return {place: each._replace(counted=mixed) for place, each in found.items()}
+
+
+def places(table: dict[str, Any], done: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """(row, column) -> the result rows that belong there."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for result in done:
+        place = field(result, table["row"]), field(result, table["column"])
+        if place[0] in table["rows"] and place[1] in table["columns"]:
+            found.setdefault(place, []).append(result)
+    return found
 
 
 def reduced(table: dict[str, Any], runs: list[dict]) -> tuple[str, ...]:

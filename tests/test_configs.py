@@ -19,7 +19,9 @@ ARGS = {
     "configs/scaling.py": ("", "xlstm_7b", "lstm_1b", "xlstm_1.3b,debug"),
     "configs/shakespeare.py": ("", "reduced", "reduced,xlstm[1:1]", "demo,debug"),
     "configs/papers/tcn_music.py": ("", "reduced", "paper,nottingham", "demo,debug"),
-    "configs/papers/xlstm_formal_languages.py": ("", "demo", "reduced", "paper", "reduced,debug"),
+    "configs/papers/xlstm_formal_languages.py": ("", "demo", "reduced", "breadth", "paper", "breadth,debug"),
+    "configs/papers/deletang_chomsky.py": ("demo", "reduced", "paper", "reduced,debug"),
+    "configs/papers/state_tracking.py": ("demo", "reduced", "paper", "reduced,debug"),
 }
 BIBLE = str(ROOT / "configs/bible.py")
 FORMAL = str(ROOT / "configs/papers/xlstm_formal_languages.py")
@@ -53,8 +55,8 @@ def test_wrong_argument_names_the_valid_ones(file):
 
 
 def test_sizes_of_the_table():
-    counts = {arg: len(planning.load(f"{FORMAL}:{arg}").runs) for arg in ("demo", "reduced", "paper")}
-    assert counts == {"demo": 6 * 3, "reduced": 6 * 4 * 3, "paper": 6 * 4 * 3 * 2}
+    counts = {arg: len(planning.load(f"{FORMAL}:{arg}").runs) for arg in ("demo", "reduced", "breadth", "paper")}
+    assert counts == {"demo": 6 * 3, "reduced": 6 * 4 * 3, "breadth": 8 * 15 * 2, "paper": 7 * 15 * 3 * 2}
 
 
 def test_paper_preset_is_the_papers_protocol():
@@ -65,9 +67,10 @@ def test_paper_preset_is_the_papers_protocol():
     assert optimizer.betas == (0.9, 0.99)
 
 
-def test_table_numbers_belong_to_its_rows_and_columns():
-    table = planning.load(FORMAL).module.TABLE
-    for source in (table["paper"], *table["references"]):
+@pytest.mark.parametrize("file", [file for file in ARGS if "papers" in file])
+def test_table_numbers_belong_to_its_rows_and_columns(file):
+    table = planning.load(str(ROOT / file)).module.TABLE
+    for source in (table["paper"], *table.get("references", [])):
         assert all(row in table["rows"] and column in table["columns"] for row, column in source["values"])
 
 

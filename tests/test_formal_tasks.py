@@ -4,24 +4,32 @@ import itertools
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from xlstm_jax import tasks
+from experiments import lengths as lengths_script
+from experiments import planning
+from experiments import rows as sweep_rows
+from xlstm_jax import models, tasks
+from xlstm_jax.evaluate import evaluate
 from xlstm_jax.tasks import FORMAL, SPLITS, Batch, check
 from xlstm_jax.tasks.chomsky import Chomsky
 from xlstm_jax.tasks.formal import FormalLanguage
 from xlstm_jax.tasks.permutations import Permutations
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def expression(tokens, zero, names="?+-*=()"):
     return "".join(str(t - zero) if t >= zero else names[t] for t in tokens)
 
 
-def evaluate(text):
+def value(text):
     """Brackets decide, and Python binds a unary minus tighter than any operator that is drawn."""
     assert re.fullmatch(r"[0-4+\-*()]+", text)
     return eval(text) % 5
@@ -29,7 +37,7 @@ def evaluate(text):
 
 def solve(text):
     left, right = text.split("=")
-    (answer,) = [x for x in range(5) if evaluate(left.replace("x", str(x))) == int(right)]
+    (answer,) = [x for x in range(5) if value(left.replace("x", str(x))) == int(right)]
     return answer
 
 
@@ -113,7 +121,7 @@ RULES = {  # shown tokens -> answers
     "even_pairs": lambda s: [1 + sum(a != b for a, b in zip(s, s[1:])) % 2],
     "cycle_navigation": lambda s: [4 + (s.count(2) - s.count(3)) % 5],
     "modular_arithmetic": lambda s: [sum_of_products(without(s, 4))],
-    "modular_arithmetic_brackets": lambda s: [7 + evaluate(expression(without(s, 4), 7))],
+    "modular_arithmetic_brackets": lambda s: [7 + value(expression(without(s, 4), 7))],
     "solve_equation": lambda s: [9 + solve(expression(without(s, 7), 9, "?+-*=()?x"))],
     "stack_manipulation": lambda s: stack(without(s, 1)),
     "bucket_sort": sorted,
@@ -125,7 +133,7 @@ RULES = {  # shown tokens -> answers
     "majority": majority,
     "majority_count": lambda s: [min(max(Counter(s).values()), 63)],
     "chomsky_modular_arithmetic": lambda s: [sum_of_products(s)],
-    "chomsky_modular_arithmetic_brackets": lambda s: [7 + evaluate(expression(s, 7))],
+    "chomsky_modular_arithmetic_brackets": lambda s: [7 + value(expression(s, 7))],
     "chomsky_solve_equation": lambda s: [9 + solve(expression(s, 9, "?+-*=()?x"))],
     "chomsky_stack_manipulation": chomsky_stack,
     "chomsky_reverse_string": lambda s: s[::-1],
@@ -251,3 +259,27 @@ def test_bad_options_end_in_one_line(name, options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         tasks.make(name, **options)
     assert "\n" not in str(error.value)
+
+
+def test_an_evaluation_counts_its_rows_by_length(tmp_path):
+    """One length a bucket: the mean of the buckets, weighted by their rows, is the accuracy; and a figure of it."""
+    task = tasks.make("parity", eval_lengths=(3, 6), num_eval=30)
+    found = evaluate(models.Tagger(3, 3, backbone="gru", dim=4, num_layers=1, rngs=nnx.Rngs(0)), task, "test", 8)
+    batches = [task.batch("test", 0, step, 8) for step in range(4)]
+    lengths = np.concatenate([np.where(b.weights.any(1), task.lengths(b), 0) for b in batches])
+    rows = [np.sum(lengths == length) for length in range(3, 7)]
+    assert list(found["accuracy_by_length"]) == ["3-3", "4-4", "5-5", "6-6"] and sum(rows) == 30
+    mean = np.average(list(found["accuracy_by_length"].values()), weights=rows)
+    assert found["accuracy"] == pytest.approx(mean)
+
+    sweep = planning.load(f"{ROOT / 'configs/papers/xlstm_formal_languages.py'}:demo,debug")
+    with pytest.raises(ValueError, match="no result row with test_accuracy_by_length"):
+        lengths_script.write(sweep, tmp_path)
+    for run in sweep.runs[:2]:
+        values = {f"test_{name}": value for name, value in found.items()}
+        record = {"id": run.id, "overrides": run.overrides, "config": sweep.config(run).to_dict()}
+        sweep_rows.append(tmp_path, record | values | {f"valid_{name}": value for name, value in found.items()})
+    lines = lengths_script.write(sweep, tmp_path).splitlines()
+    assert len(lines) == 1 + 2 * 4 and lines[1].startswith("lstm,parity,3-3,")
+    assert (tmp_path / "lengths.csv").read_text().splitlines() == lines
+    assert (tmp_path / "lengths.png").read_bytes()[:4] == b"\x89PNG"

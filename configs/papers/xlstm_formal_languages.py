@@ -1,14 +1,16 @@
-"""Formal languages: who tracks state, who only remembers. xLSTM (Beck et al., arXiv 2405.04517), Fig. 4, App. B.1.1.
+"""Formal languages: who tracks state, who only remembers. xLSTM (arXiv 2405.04517), Fig. 4 and 12, App. B.1.1.
 
     CONFIG=configs/papers/xlstm_formal_languages.py:reduced
     python -m experiments.sweep run --config=$CONFIG --workdir=runs/formal --launcher=local
     python -m experiments.table     --config=$CONFIG --workdir=runs/formal
+    python -m experiments.lengths   --config=$CONFIG --workdir=runs/formal      # accuracy by length
 
 | argument  | runs                                               | time                                      |
 |-----------|----------------------------------------------------|-------------------------------------------|
 | `demo`    | 6 models, 3 tasks, 1 seed                          | some minutes on 2 CPU cores (`make demo`) |
 | `reduced` | 6 models, 4 tasks, 3 seeds                         | up to two hours on 2 CPU cores            |
-| `paper`   | 6 models, 4 tasks, 3 learning rates, 2 seeds each  | an hour a run on one H100                 |
+| `breadth` | 8 models, all 15 tasks, 2 seeds, half the steps    | an hour or two on 2 CPU cores             |
+| `paper`   | 7 models, 15 tasks, 3 learning rates, 2 seeds each | an hour a run on one H100                 |
 
 `debug` after a preset (`reduced,debug`) shrinks every run to seconds.
 
@@ -36,10 +38,18 @@ MODELS = {  # backbone: its own options
 # the cheapest and they find parity later than an sLSTM, three times the steps
 BARE = {"model.num_layers": 1, "model.dim": 64}
 DEMO_BARE = BARE | {"steps": 1_500, "optimizer.warmup_steps": 150}
+CHANGED = {"demo": dict.fromkeys(("lstm", "gru"), DEMO_BARE), "reduced": dict.fromkeys(("lstm", "gru"), BARE)}
+CHANGED["breadth"] = dict.fromkeys(("lstm", "gru", "elman"), DEMO_BARE)
 TASKS = ("parity", "even_pairs", "cycle_navigation", "modular_arithmetic")
+ALL_TASKS = (
+    *TASKS,
+    *("modular_arithmetic_brackets", "solve_equation", "bucket_sort", "majority", "majority_count"),
+    *("missing_duplicate", "odds_first", "repetition", "reverse_string", "stack_manipulation", "set"),
+)
 
 PRESETS = {
     "demo": dict(
+        models=MODELS,
         tasks=("parity", "cycle_navigation", "modular_arithmetic"),
         seeds=(0,),
         learning_rates=(1e-2,),
@@ -52,6 +62,7 @@ PRESETS = {
         seconds=dict.fromkeys(MODELS, 35),
     ),
     "reduced": dict(
+        models=MODELS,
         tasks=TASKS,
         seeds=(0, 1, 2),
         learning_rates=(1e-2,),
@@ -63,8 +74,22 @@ PRESETS = {
         num_eval=1_024,
         seconds=dict.fromkeys(MODELS, 45),
     ),
+    "breadth": dict(
+        models=MODELS | {"elman": {}, "min_lstm_block": {}},
+        tasks=ALL_TASKS,
+        seeds=(0, 1),
+        learning_rates=(1e-2,),
+        dim=32,
+        batch_size=32,
+        steps=500,
+        min_learning_rate=1e-4,
+        weight_decay=0.01,
+        num_eval=512,
+        seconds=dict.fromkeys(MODELS, 30) | {"lstm": 20, "gru": 20, "elman": 20, "min_lstm_block": 20},
+    ),
     "paper": dict(
-        tasks=TASKS,
+        models=MODELS | {"lstm_block": {}},
+        tasks=ALL_TASKS,
         seeds=(0, 1),
         learning_rates=(1e-2, 1e-3, 1e-4),
         dim=64,  # not in the paper; that of the authors' released parity configs
@@ -73,7 +98,7 @@ PRESETS = {
         min_learning_rate=1e-5,
         weight_decay=0.1,
         num_eval=8_192,  # likewise
-        seconds=dict.fromkeys(MODELS, 3_600),
+        seconds=dict.fromkeys((*MODELS, "lstm_block"), 3_600),
     ),
 }
 
@@ -115,11 +140,11 @@ def sweep(arg: str | None = None):
     preset, debug = common.parse_arg(arg, PRESETS)
     numbers = PRESETS[preset]
     for task, model, learning_rate, seed in itertools.product(
-        numbers["tasks"], MODELS, numbers["learning_rates"], numbers["seeds"]
+        numbers["tasks"], numbers["models"], numbers["learning_rates"], numbers["seeds"]
     ):
-        overrides = {"task.name": task, "model.backbone": model} | MODELS[model]
-        if preset != "paper" and model in ("lstm", "gru"):
-            overrides |= DEMO_BARE if preset == "demo" and not debug else BARE
+        overrides = {"task.name": task, "model.backbone": model} | numbers["models"][model]
+        changed = CHANGED.get(preset, {}).get(model, {})
+        overrides |= {name: value for name, value in changed.items() if not debug or name in BARE}
         if len(numbers["learning_rates"]) > 1:
             overrides["optimizer.learning_rate"] = learning_rate
         yield overrides | {"seed": seed}
@@ -136,7 +161,10 @@ TABLE = dict(
     row="model.backbone",
     rows={
         "lstm": "LSTM",
+        "lstm_block": "LSTM (Block)",
         "gru": "GRU",
+        "elman": "Elman",
+        "min_lstm_block": "minLSTM (block)",
         "xlstm[0:1]": "xLSTM[0:1] (sLSTM)",
         "xlstm[1:0]": "xLSTM[1:0] (mLSTM)",
         "xlstm[1:1]": "xLSTM[1:1]",
@@ -148,6 +176,17 @@ TABLE = dict(
         "even_pairs": "Even pairs",
         "cycle_navigation": "Cycle navigation",
         "modular_arithmetic": "Modular arithmetic",
+        "modular_arithmetic_brackets": "Modular arithmetic, brackets",
+        "solve_equation": "Solve equation",
+        "bucket_sort": "Bucket sort",
+        "majority": "Majority",
+        "majority_count": "Majority count",
+        "missing_duplicate": "Missing duplicate",
+        "odds_first": "Odds first",
+        "repetition": "Repetition",
+        "reverse_string": "Reverse string",
+        "stack_manipulation": "Stack manipulation",
+        "set": "Set",
     },
     metric="test_scaled_accuracy",
     select="valid_scaled_accuracy",  # chooses among settings that differ in more than the seed
@@ -156,12 +195,28 @@ TABLE = dict(
     digits=2,
     paper=dict(
         name="paper",
-        source="xLSTM (arXiv 2405.04517), Fig. 4, in so far as Grazzi et al. (arXiv 2411.12537), Tab. 3, quote it",
+        source="xLSTM (arXiv 2405.04517), Fig. 4, in so far as Grazzi et al. (arXiv 2411.12537), Tab. 3, quote it; "
+        "odds first, repetition, reverse string, stack manipulation and set: Fig. 12, where the Transformer is Llama",
         values={
             ("xlstm[0:1]", "parity"): 1.00,
             ("xlstm[1:0]", "parity"): 0.04,
             ("xlstm[0:1]", "modular_arithmetic"): 1.00,
             ("xlstm[1:0]", "modular_arithmetic"): 0.04,
+            ("xlstm[0:1]", "modular_arithmetic_brackets"): 0.57,
+            ("xlstm[1:0]", "modular_arithmetic_brackets"): 0.03,
+        }
+        | {
+            (row, column): value
+            for row, values in {
+                "transformer": (0.07, 0.06, 0.11, 0.08, 0.04),
+                "lstm_block": (0.08, 0.17, 0.25, 0.15, 0.18),
+                "xlstm[0:1]": (0.09, 0.14, 0.13, 0.09, 0.17),
+                "xlstm[1:0]": (0.15, 0.22, 0.25, 0.28, 0.17),
+                "xlstm[1:1]": (0.08, 0.20, 0.17, 0.09, 0.15),
+            }.items()
+            for column, value in zip(
+                ("odds_first", "reverse_string", "stack_manipulation", "repetition", "set"), values
+            )
         },
         missing="the paper shows the value in an image only, or has no such row (GRU); its text says that models "
         "without state tracking, Transformers among them, cannot solve regular languages such as parity",
@@ -178,6 +233,9 @@ TABLE = dict(
                 ("xlstm[0:1]", "modular_arithmetic"): 0.787,
                 ("xlstm[1:0]", "modular_arithmetic"): 0.040,
                 ("transformer", "modular_arithmetic"): 0.031,
+                ("xlstm[0:1]", "modular_arithmetic_brackets"): 0.178,
+                ("xlstm[1:0]", "modular_arithmetic_brackets"): 0.114,
+                ("transformer", "modular_arithmetic_brackets"): 0.067,
             },
         ),
         dict(
@@ -202,7 +260,7 @@ TABLE = dict(
     differences="Paper: 100,000 steps of batch 256, the best of the learning rates 1e-2, 1e-3 and 1e-4, 2 seeds, "
     "models of 2 blocks (LSTM: 2 layers), the same pre-drawn samples for all models. Here: {config[steps]:,} steps of "
     "batch {config[batch_size]}, learning rate {swept[optimizer.learning_rate]}, seeds {swept[seed]}, "
-    "{config[model][num_layers]} blocks of width {config[model][dim]} (demo and reduced: LSTM and GRU one bare layer "
-    "of width 64, in the demo 1,500 steps), fresh training samples at every step, "
+    "{config[model][num_layers]} blocks of width {config[model][dim]} (demo, reduced and breadth: LSTM, GRU and Elman "
+    "one bare layer of width 64, in demo and breadth of 1,500 steps), fresh training samples at every step, "
     "{config[task][num_eval]:,} test samples.",
 )
