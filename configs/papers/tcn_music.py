@@ -15,8 +15,8 @@
 the weights of the best epoch on the validation split; here the number of passes is chosen by it, each with its own
 cosine schedule.
 
-Expected with `reduced`: about 8.5 nats a frame on JSB, where a model of the keys' frequencies alone has 11.06
-(Nottingham: 10.25).
+Expected with `reduced`: about 8.5 nats a frame on JSB, where the keys' frequencies alone give 11.06 (Nottingham:
+10.25).
 """
 
 import itertools
