@@ -18,7 +18,13 @@ ARGS = {
     "configs/bible.py": ("", "demo", "reduced", "reduced,lstm", "demo,debug"),
     "configs/scaling.py": ("", "xlstm_7b", "lstm_1b", "xlstm_1.3b,debug"),
     "configs/shakespeare.py": ("", "reduced", "reduced,xlstm[1:1]", "demo,debug"),
-    "configs/papers/tcn_music.py": ("", "reduced", "paper,nottingham", "demo,debug"),
+    "configs/papers/lra.py": ("", "reduced", "paper", "paper,text", "reduced,debug"),
+    "configs/papers/mqar.py": ("", "reduced", "paper", "long", "extrapolation", "reduced,debug"),
+    "configs/papers/nearest_neighbour.py": ("", "reduced", "paper", "reduced,debug"),
+    "configs/papers/pixels.py": ("", "reduced", "paper", "reduced,mnist", "reduced,debug"),
+    "configs/papers/selective_copying.py": ("", "reduced", "paper", "reduced,debug"),
+    "configs/papers/tcn_music.py": ("", "reduced", "paper", "reduced,nottingham", "reduced,debug"),
+    "configs/papers/tcn_synthetic.py": ("", "reduced", "paper", "reduced,copy_memory", "reduced,debug"),
     "configs/papers/xlstm_formal_languages.py": ("", "demo", "reduced", "paper", "reduced,debug"),
 }
 BIBLE = str(ROOT / "configs/bible.py")

@@ -17,8 +17,8 @@ from xlstm_jax.tasks.modular_arithmetic import ModularArithmetic
 from xlstm_jax.tasks.music import Music
 from xlstm_jax.tasks.nearest_neighbour import NearestNeighbour
 from xlstm_jax.tasks.parity import Parity
-from xlstm_jax.tasks.stack_manipulation import StackManipulation
 from xlstm_jax.tasks.pixels import Pixels
+from xlstm_jax.tasks.stack_manipulation import StackManipulation
 from xlstm_jax.tasks.task import SPLITS, Batch, check
 from xlstm_jax.tasks.text_lm import TextLM
 
