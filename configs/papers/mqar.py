@@ -4,16 +4,16 @@
     python -m experiments.sweep run --config=$CONFIG --workdir=runs/mqar --launcher=local
     python -m experiments.table     --config=$CONFIG --workdir=runs/mqar
 
-| argument        | runs                                                                  | time                            |
-|-----------------|-----------------------------------------------------------------------|---------------------------------|
-| `demo`          | mLSTM and LSTM, 4 pairs, 1 seed                                       | about 2 minutes on 2 CPU cores  |
-| `reduced`       | 6 models, 4 and 8 pairs, 1 seed                                       | about 40 minutes on 2 CPU cores |
-| `paper`         | 6 models, 4, 8 and 16 pairs, 4 widths, 4 learning rates: experiment 1 | an hour a run on one H100       |
-| `long`          | contexts of 756 to 2,048, 48 to 256 pairs: experiment 2               | hours a run on one H100         |
-| `extrapolation` | context 2,048, tested at 4,096 to 8,192: experiment 3                 | hours a run on one H100         |
+| argument        | runs                                                                  | time                  |
+|-----------------|-----------------------------------------------------------------------|-----------------------|
+| `demo`          | mLSTM and LSTM, 4 pairs, 1 seed                                       | 2 minutes on 2 cores  |
+| `reduced`       | 6 models, 4 and 8 pairs, 1 seed                                       | 40 minutes on 2 cores |
+| `paper`         | 6 models, 4, 8 and 16 pairs, 4 widths, 4 learning rates: experiment 1 | an hour a run, H100   |
+| `long`          | contexts of 756 to 2,048, 48 to 256 pairs: experiment 2               | hours a run, H100     |
+| `extrapolation` | context 2,048, tested at 4,096 to 8,192: experiment 3                 | hours a run, H100     |
 
-`debug` after a preset shrinks every run to seconds. The papers only plot their accuracies; their text says: attention and
-both xLSTM with matrix memory solve experiment 1 at all widths, sLSTM is better than the LSTM, and both fall short.
+`debug` after a preset shrinks every run to seconds. The papers only plot their accuracies; their text says: attention
+and both xLSTM with a matrix memory solve experiment 1 at all widths, sLSTM is better than the LSTM, and both fall short.
 
 Expected with `reduced`: mLSTM, xLSTM[1:1] and Transformer at least 0.99, LSTM below 0.5 with 8 pairs.
 """

@@ -4,11 +4,11 @@
     python -m experiments.sweep run --config=$CONFIG --workdir=runs/nearest --launcher=local
     python -m experiments.table     --config=$CONFIG --workdir=runs/nearest
 
-| argument  | runs                                            | time                            |
-|-----------|-------------------------------------------------|---------------------------------|
-| `demo`    | LSTM and sLSTM, context 16, 1 seed              | about a minute on 2 CPU cores   |
-| `reduced` | 5 models, context 64, 1 seed                    | about 40 minutes on 2 CPU cores |
-| `paper`   | 5 models, context 64, 4 learning rates, 5 seeds | half an hour a run on one H100  |
+| argument  | runs                                            | time                        |
+|-----------|-------------------------------------------------|-----------------------------|
+| `demo`    | LSTM and sLSTM, context 16, 1 seed              | about a minute on 2 cores   |
+| `reduced` | 5 models, context 64, 1 seed                    | about 40 minutes on 2 cores |
+| `paper`   | 5 models, context 64, 4 learning rates, 5 seeds | half an hour a run, H100    |
 
 `debug` shrinks every run to seconds. The paper shows curves only: with exponential gating the error is lower than the
 LSTM's, which cannot revise what it has stored. Answering 1/2 has the squared error 0.083.
@@ -110,8 +110,8 @@ TABLE = dict(
         values={},
         missing="the paper shows curves only",
     ),
-    differences="Paper: contexts up to 64, 8,192 training sequences, 2 blocks of width 128, dropout 0.1, 100,000 steps, "
-    "the best of 4 learning rates, 5 seeds. Here: context {config[task][length]}, fresh training samples, 2 blocks of "
+    differences="Paper: contexts up to 64, 8,192 training sequences, 2 blocks of width 128, dropout 0.1, 100,000 "
+    "steps, the best of 4 learning rates, 5 seeds. Here: context {config[task][length]}, fresh training samples, 2 blocks of "
     "width {config[model][dim]}, dropout {config[model][dropout]:g}, {config[steps]:,} steps of batch "
     "{config[batch_size]}, learning rate {swept[optimizer.learning_rate]}, seeds {swept[seed]}.",
 )

@@ -4,11 +4,11 @@
     python -m experiments.sweep run --config=$CONFIG --workdir=runs/pixels --launcher=local
     python -m experiments.table     --config=$CONFIG --workdir=runs/pixels
 
-| argument  | runs                                                              | time                          |
-|-----------|-------------------------------------------------------------------|-------------------------------|
-| `demo`    | LSTM, Fashion-MNIST pooled to 7 x 7, in order, 300 steps          | about a minute on 2 CPU cores |
-| `reduced` | LSTM and GRU, Fashion-MNIST pooled to 14 x 14, in order, permuted | about an hour on 2 CPU cores  |
-| `paper`   | LSTM and GRU, 784 pixels, in order and permuted, 10 passes        | an hour a run on one H100     |
+| argument  | runs                                                              | time                      |
+|-----------|-------------------------------------------------------------------|---------------------------|
+| `demo`    | LSTM, Fashion-MNIST pooled to 7 x 7, in order, 300 steps          | about a minute on 2 cores |
+| `reduced` | LSTM and GRU, Fashion-MNIST pooled to 14 x 14, in order, permuted | about an hour on 2 cores  |
+| `paper`   | LSTM and GRU, 784 pixels, in order and permuted, 10 passes        | an hour a run, H100       |
 
 Fashion-MNIST is read from the idx files of Debian's dataset-fashion-mnist (or of the data folder). `mnist` after the
 preset is MNIST, from idx files in the data folder; `--config.task.images=tfds:mnist` from what tensorflow-datasets
@@ -98,6 +98,6 @@ TABLE = dict(
     ),
     differences="Paper: MNIST, 784 pixels, one layer of 130, clip 1, RMSprop 1e-3, forget bias 1 in order and 10 "
     "permuted (the GRU's settings are not known). Here: {config[task][images]}, pooled {config[task][pool]} x "
-    "{config[task][pool]}, width {config[model][dim]}, Adam with learning rate {config[optimizer][learning_rate]:g} and "
+    "{config[task][pool]}, width {config[model][dim]}, Adam, learning rate {config[optimizer][learning_rate]:g} and "
     "cosine decay, {config[steps]:,} steps of batch {config[batch_size]}.",
 )

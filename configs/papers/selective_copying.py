@@ -4,14 +4,14 @@
     python -m experiments.sweep run --config=$CONFIG --workdir=runs/selective --launcher=local
     python -m experiments.table     --config=$CONFIG --workdir=runs/selective
 
-| argument  | runs                                                        | time                          |
-|-----------|-------------------------------------------------------------|-------------------------------|
-| `demo`    | minGRU, 1 and 2 layers, 32 steps and 4 symbols, 1 seed      | about a minute on 2 CPU cores |
-| `reduced` | minLSTM, minGRU and mLSTM, 1 to 3 layers, 128 steps, 1 seed | about an hour on 2 CPU cores  |
-| `paper`   | the same at 4,096 steps and 16 symbols, 3 seeds             | hours a run on one H100       |
+| argument  | runs                                                        | time                      |
+|-----------|-------------------------------------------------------------|---------------------------|
+| `demo`    | minGRU, 1 and 2 layers, 32 steps and 4 symbols, 1 seed      | about a minute on 2 cores |
+| `reduced` | minLSTM, minGRU and mLSTM, 1 to 3 layers, 128 steps, 1 seed | about an hour on 2 cores  |
+| `paper`   | the same at 4,096 steps and 16 symbols, 3 seeds             | hours a run, H100         |
 
-`debug` shrinks every run to seconds. Gates of minLSTM and minGRU see the input alone, so that one layer cannot count the
-symbols, and two can: accuracy rises with the number of layers. (The mLSTM's convolution and normaliser count too.)
+`debug` shrinks every run to seconds. Gates of minLSTM and minGRU see the input alone, so that one layer cannot count
+the symbols, and two can: accuracy rises with the number of layers. (The mLSTM's convolution and normaliser count too.)
 """
 
 import itertools
@@ -116,8 +116,8 @@ TABLE = dict(
         },
         missing="no such row in the paper",
     ),
-    differences="Paper: 4,096 steps, 16 symbols of an alphabet of 16, layers of the recurrence and a feed-forward part. "
-    "Here: {config[task][length]:,} steps, {config[task][symbols]} symbols of 14, blocks of width {config[model][dim]}, "
+    differences="Paper: 4,096 steps, 16 symbols of an alphabet of 16, layers with a feed-forward part. "
+    "Here: {config[task][length]:,} steps, {config[task][symbols]} symbols of 14, width {config[model][dim]}, "
     "{config[steps]:,} steps of batch {config[batch_size]} of fresh samples, learning rate "
     "{config[optimizer][learning_rate]:g}, seeds {swept[seed]}, {config[task][num_eval]:,} test samples.",
 )

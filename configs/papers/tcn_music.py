@@ -5,11 +5,11 @@
     python -m experiments.sweep run --config=$CONFIG --workdir=runs/music --launcher=local
     python -m experiments.table     --config=$CONFIG --workdir=runs/music
 
-| argument  | runs                                                     | time                            |
-|-----------|----------------------------------------------------------|---------------------------------|
-| `demo`    | LSTM and GRU, 1 seed, 2 passes over the data             | about a minute on 2 CPU cores   |
-| `reduced` | LSTM and GRU, 10, 20 and 40 passes, 1 seed               | about 40 minutes on 2 CPU cores |
-| `paper`   | LSTM and GRU, rows of one piece, 5 to 80 passes, 3 seeds | an hour a run on one H100       |
+| argument  | runs                                                     | time                        |
+|-----------|----------------------------------------------------------|-----------------------------|
+| `demo`    | LSTM and GRU, 1 seed, 2 passes over the data             | about a minute on 2 cores   |
+| `reduced` | LSTM and GRU, 10, 20 and 40 passes, 1 seed               | about 40 minutes on 2 cores |
+| `paper`   | LSTM and GRU, rows of one piece, 5 to 80 passes, 3 seeds | an hour a run, H100         |
 
 `jsb` (as without) or `nottingham` after the preset takes the set; `debug` shrinks every run to seconds. The paper keeps
 the weights of the best epoch on the validation split; here the number of passes is chosen by it, each with its own

@@ -4,11 +4,11 @@
     python -m experiments.sweep run --config=$CONFIG --workdir=runs/tcn --launcher=local
     python -m experiments.table     --config=$CONFIG --workdir=runs/tcn
 
-| argument  | runs                                                                       | time                            |
-|-----------|----------------------------------------------------------------------------|---------------------------------|
-| `demo`    | LSTM and GRU, adding T = 50, 1 seed                                        | about a minute on 2 CPU cores   |
-| `reduced` | LSTM and GRU, adding T = 200, copy memory T = 500, 1 seed                  | about 40 minutes on 2 CPU cores |
-| `paper`   | LSTM and GRU, adding 200, 400, 600, copy memory 500, 1,000, 2,000, 3 seeds | half an hour a run on one H100  |
+| argument  | runs                                                                       | time                        |
+|-----------|----------------------------------------------------------------------------|-----------------------------|
+| `demo`    | LSTM and GRU, adding T = 50, 1 seed                                        | about a minute on 2 cores   |
+| `reduced` | LSTM and GRU, adding T = 200, copy memory T = 500, 1 seed                  | about 40 minutes on 2 cores |
+| `paper`   | LSTM and GRU, adding 200, 400, 600, copy memory 500, 1,000, 2,000, 3 seeds | half an hour a run, H100    |
 
 `adding` or `copy_memory` after the preset takes that task alone; `debug` shrinks every run to seconds.
 
@@ -146,8 +146,8 @@ TABLE = dict(
     },
     paper=dict(
         name="paper",
-        source="TCN (arXiv 1803.01271), Tab. 1; a plain RNN has 0.177 on adding 600 and 0.0202 on copy memory 1000, the "
-        "TCN 5.8e-5 and 3.5e-5",
+        source="TCN (arXiv 1803.01271), Tab. 1; a plain RNN has 0.177 on adding 600 and 0.0202 on copy memory 1000, "
+        "the TCN 5.8e-5 and 3.5e-5",
         values={
             ("lstm", "600"): 0.164,
             ("gru", "600"): 5.3e-5,
@@ -156,8 +156,8 @@ TABLE = dict(
         },
         missing="shown as curves only",
     ),
-    differences="Paper: the LSTM's layers, width, dropout, clip and forget bias as here (the GRU's are not known), SGD, "
-    "RMSprop or Adam by task, models of 70 thousand (adding) and 16 thousand parameters. Here: Adam with cosine decay "
+    differences="Paper: the LSTM's layers, width, dropout, clip and forget bias as here (the GRU's are not known), "
+    "SGD, RMSprop or Adam by task, models of 70 thousand (adding) and 16 thousand parameters. Here: Adam with cosine decay "
     "from learning rates {swept[optimizer.learning_rate]}, {swept[steps]} steps of batch {config[batch_size]} of fresh "
     "samples, seeds {swept[seed]}, {config[task][num_eval]:,} test samples; tokens of copy memory are embedded.",
 )
