@@ -21,6 +21,7 @@ ARGS = {
     "configs/papers/lra.py": ("", "reduced", "paper", "paper,text", "reduced,debug"),
     "configs/papers/mqar.py": ("", "reduced", "paper", "long", "extrapolation", "reduced,debug"),
     "configs/papers/nearest_neighbour.py": ("", "reduced", "paper", "reduced,debug"),
+    "configs/papers/odyssey.py": ("", "reduced", "paper", "reduced,debug"),
     "configs/papers/pixels.py": ("", "reduced", "paper", "reduced,mnist", "reduced,debug"),
     "configs/papers/selective_copying.py": ("", "reduced", "paper", "reduced,debug"),
     "configs/papers/tcn_music.py": ("", "reduced", "paper", "reduced,nottingham", "reduced,debug"),

@@ -117,8 +117,7 @@ def expected_seconds(arg: str | None, overrides: dict) -> float:
 
 
 TABLE = dict(
-    title="Adding problem (squared error) and copy memory (nats a step) on the test split; columns are lengths T, "
-    "200, 400 and 600 of adding, 500, 1000 and 2000 of copy memory",
+    title="Adding problem (squared error) and copy memory (nats a step) on the test split",
     row="model.backbone",
     rows={"lstm": "LSTM", "gru": "GRU"},
     column="task.length",
@@ -157,7 +156,7 @@ TABLE = dict(
         missing="shown as curves only",
     ),
     differences="Paper: the LSTM's layers, width, dropout, clip and forget bias as here (the GRU's are not known), "
-    "SGD, RMSprop or Adam by task, models of 70 thousand (adding) and 16 thousand parameters. Here: Adam with cosine decay "
-    "from learning rates {swept[optimizer.learning_rate]}, {swept[steps]} steps of batch {config[batch_size]} of fresh "
+    "SGD, RMSprop or Adam, models of 70 thousand (adding) and 16 thousand parameters. Here: Adam with cosine decay from "
+    "learning rates {swept[optimizer.learning_rate]}, {swept[steps]} steps of batch {config[batch_size]} of fresh "
     "samples, seeds {swept[seed]}, {config[task][num_eval]:,} test samples; tokens of copy memory are embedded.",
 )
