@@ -26,6 +26,8 @@ ARGS = {
     "configs/papers/selective_copying.py": ("", "reduced", "paper", "reduced,debug"),
     "configs/papers/tcn_music.py": ("", "reduced", "paper", "reduced,nottingham", "reduced,debug"),
     "configs/papers/tcn_synthetic.py": ("", "reduced", "paper", "reduced,copy_memory", "reduced,debug"),
+    "configs/papers/scaling_laws.py": ("", "reduced", "paper", "reduced,debug"),
+    "configs/papers/xlstm_ablations.py": ("", "reduced", "paper", "reduced,debug"),
     "configs/papers/xlstm_formal_languages.py": ("", "demo", "reduced", "paper", "reduced,debug"),
 }
 BIBLE = str(ROOT / "configs/bible.py")

@@ -111,7 +111,7 @@ TABLE = dict(
         missing="the paper shows curves only",
     ),
     differences="Paper: contexts up to 64, 8,192 training sequences, 2 blocks of width 128, dropout 0.1, 100,000 "
-    "steps, best of 4 learning rates, 5 seeds. Here: context {config[task][length]}, fresh training samples, 2 blocks of "
-    "width {config[model][dim]}, dropout {config[model][dropout]:g}, {config[steps]:,} steps of batch {config[batch_size]}, "
-    "learning rate {swept[optimizer.learning_rate]}, seeds {swept[seed]}.",
+    "steps, best of 4 learning rates, 5 seeds. Here: context {config[task][length]}, fresh training samples, 2 blocks "
+    "of width {config[model][dim]}, dropout {config[model][dropout]:g}, {config[steps]:,} steps of batch "
+    "{config[batch_size]}, learning rate {swept[optimizer.learning_rate]}, seeds {swept[seed]}.",
 )

@@ -156,7 +156,7 @@ TABLE = dict(
         missing="shown as curves only",
     ),
     differences="Paper: the LSTM's layers, width, dropout, clip and forget bias as here (the GRU's are not known), "
-    "SGD, RMSprop or Adam, models of 70 thousand (adding) and 16 thousand parameters. Here: Adam with cosine decay from "
-    "learning rates {swept[optimizer.learning_rate]}, {swept[steps]} steps of batch {config[batch_size]} of fresh "
+    "SGD, RMSprop or Adam, models of 70 thousand (adding) and 16 thousand parameters. Here: Adam with cosine decay "
+    "from learning rates {swept[optimizer.learning_rate]}, {swept[steps]} steps of batch {config[batch_size]} of fresh "
     "samples, seeds {swept[seed]}, {config[task][num_eval]:,} test samples; tokens of copy memory are embedded.",
 )
