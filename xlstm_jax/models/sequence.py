@@ -1,4 +1,4 @@
-"""Sequence models for tasks: an answer a step (`Tagger`, of real inputs `FeatureTagger`) or one (`Classifier`)."""
+"""Models for tasks: one answer a step (`Tagger`, of real inputs `FeatureTagger`), one a sequence (`Classifier`)."""
 
 from typing import Any
 

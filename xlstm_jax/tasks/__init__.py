@@ -5,12 +5,19 @@ from typing import Any
 
 from xlstm_jax.names import unknown
 from xlstm_jax.tasks import brackets, chomsky, chomsky_numbers, majority, permutations, strings
+from xlstm_jax.tasks.adding import Adding
+from xlstm_jax.tasks.associative_recall import AssociativeRecall
 from xlstm_jax.tasks.byte_lm import ByteLM
+from xlstm_jax.tasks.copying import CopyMemory, SelectiveCopying
 from xlstm_jax.tasks.cycle_navigation import CycleNavigation
 from xlstm_jax.tasks.even_pairs import EvenPairs
+from xlstm_jax.tasks.labelled import Labelled
+from xlstm_jax.tasks.listops import ListOps
 from xlstm_jax.tasks.modular_arithmetic import ModularArithmetic
 from xlstm_jax.tasks.music import Music
+from xlstm_jax.tasks.nearest_neighbour import NearestNeighbour
 from xlstm_jax.tasks.parity import Parity
+from xlstm_jax.tasks.pixels import Pixels
 from xlstm_jax.tasks.stack_manipulation import StackManipulation
 from xlstm_jax.tasks.task import SPLITS, Batch, check
 from xlstm_jax.tasks.text_lm import TextLM
@@ -34,6 +41,14 @@ TASKS = {task.name: task for task in FORMAL} | {
     "byte_lm": ByteLM,
     "text_lm": TextLM,
     "music": Music,
+    "associative_recall": AssociativeRecall,
+    "adding": Adding,
+    "copy_memory": CopyMemory,
+    "selective_copying": SelectiveCopying,
+    "nearest_neighbour": NearestNeighbour,
+    "listops": ListOps,
+    "pixels": Pixels,
+    "labelled": Labelled,
 }
 
 

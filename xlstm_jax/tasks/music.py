@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from xlstm_jax.data import lookup
 from xlstm_jax.tasks.byte_lm import register
+from xlstm_jax.tasks.finite import num_batches, pick
 from xlstm_jax.tasks.task import SPLITS, Batch, split_index
 
 
@@ -87,24 +88,14 @@ class Music:
         """Batch number `step`; in evaluation the rows past the last piece weigh 0."""
         index = split_index(split)
         starts, pairs = (jnp.asarray(np.array(each[index], np.int32)) for each in (self.starts, self.pairs))
-        step, rows = jnp.asarray(step, jnp.int32), jnp.arange(batch_size, dtype=jnp.int32)
+        piece, counted = pick(split, seed, step, batch_size, starts.size)
         longest, first = max(self.pairs[index]), jnp.zeros(batch_size, jnp.int32)
-        if split == "train":
-            a_pass = starts.size // batch_size
-            if not a_pass:
-                raise ValueError(f"{self.name}: {starts.size} training pieces are fewer than batch_size {batch_size}")
-            key = jax.random.fold_in(jax.random.key(seed), index)
-            order = jax.random.permutation(jax.random.fold_in(key, step // a_pass), starts.size).astype(jnp.int32)
-            piece, counted = order[step % a_pass * batch_size + rows], jnp.ones(batch_size, bool)
-            if self.max_frames:
-                longest = min(longest, self.max_frames)
-                draw = jax.random.fold_in(jax.random.fold_in(key, starts.size), step)
-                words = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(draw, row), (), jnp.uint32))(rows)
-                first = (words % (jnp.maximum(pairs[piece] - longest, 0) + 1).astype(jnp.uint32)).astype(jnp.int32)
-        else:
-            piece = step * batch_size + rows
-            counted = piece < starts.size
-            piece = jnp.minimum(piece, starts.size - 1)
+        if split == "train" and 0 < self.max_frames < longest:
+            longest = self.max_frames
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), len(SPLITS)), step)
+            first = jax.vmap(lambda row, last: jax.random.randint(jax.random.fold_in(key, row), (), 0, last + 1))(
+                jnp.arange(batch_size), jnp.maximum(pairs[piece] - longest, 0)
+            ).astype(jnp.int32)
         columns = jnp.arange(longest, dtype=jnp.int32)[None]
         mask = columns < (pairs[piece] - first)[:, None]
         places = jnp.where(mask, (starts[piece] + first)[:, None] + columns, 0)
@@ -114,10 +105,7 @@ class Music:
 
     def num_batches(self, split: str, batch_size: int) -> int:
         """Batches that show every piece of a split once."""
-        index = split_index(split)
-        if index == 0:
-            raise ValueError(f"{self.name}: training has no end: num_batches takes valid or test")
-        return -(-len(self.starts[index]) // batch_size)
+        return num_batches(self.name, split, batch_size, tuple(map(len, self.starts)))
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Negative log-likelihood and accuracy, a frame."""
