@@ -1,4 +1,4 @@
-"""A sweep that is killed again and again: python tests/chaos_sweep.py [--runs=200] [--kills=10] [--folder=DIR] [--seed=0]
+"""A sweep killed again and again: python tests/chaos_sweep.py [--runs=200] [--kills=10] [--folder=DIR] [--seed=0]
 
 Runs a sweep of two-step runs with the local launcher undisturbed, then another that is killed (-9: the launcher, one
 worker, or all at once) at random moments and restarted, and compares: every run there exactly once, every value equal.

@@ -1,4 +1,4 @@
-"""Launchers: their options, what they hand out and when, killed processes, full disks, and real clusters where they are."""
+"""Launchers: options, what they hand out and when, killed processes, full disks, and real clusters where they are."""
 
 import errno
 import importlib.util
