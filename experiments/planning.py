@@ -171,7 +171,9 @@ def override(base: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
         *parents, last = name.split(".")
         owner = config
         for parent in parents:
-            owner = owner.setdefault(parent, ConfigDict())
+            if parent not in owner:
+                owner[parent] = ConfigDict()
+            owner = owner[parent]
         owner[last] = value
     return config.lock()
 
