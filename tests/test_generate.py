@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments import decode
 from experiments import generate as script
 from tests import run_folder
 from tests.configs import tiny
@@ -283,3 +284,27 @@ def test_folders_without_a_language_model(tmp_path, capsys):
     refused([f"--workdir={tmp_path}"], "holds a tagger", capsys)
     (tmp_path / "config.json").write_text(json.dumps({"config": tiny.get_config("lm").to_dict()}))
     refused([f"--workdir={tmp_path}"], "no checkpoint yet", capsys)
+
+
+# experiments.decode
+
+
+def test_decoding_is_timed_and_the_transformers_cache_grows(tmp_path, capsys):
+    sizes = ["--dim=8", "--num_layers=1", "--lengths=64,128", f"--out={tmp_path}"]
+    assert decode.main(["--backbone=lstm", *sizes]) == 0
+    assert decode.main(["--backbone=transformer", *sizes]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
+    assert [(row["backbone"], row["length"]) for row in rows] == [
+        ("lstm", 64),
+        ("lstm", 128),
+        ("transformer", 64),
+        ("transformer", 128),
+    ]
+    lstm, _, short, long = (row["state_bytes"] for row in rows)
+    assert lstm == 2 * 8 * 4 and long - short == 64 * (2 * 8 + 1) * 4
+    assert all(row["milliseconds"] > 0 for row in rows) and rows[0]["ratio"] == rows[2]["ratio"] == 1
+    assert "| transformer, state, KiB |" in (tmp_path / "decode.md").read_text() and (tmp_path / "decode.png").exists()
+    for argument, message in (("--lengths=16", "at least 64 tokens"), ("--backbone=lsmt", "unknown backbone 'lsmt'")):
+        capsys.readouterr()
+        assert decode.main([argument, f"--out={tmp_path}"]) == 2
+        assert message in capsys.readouterr().err

@@ -17,7 +17,7 @@ CODER = tokenizers.Characters("abc \n")
 
 
 @functools.cache
-def adapter(**options):
+def adapter():
     lm = models.LM(CODER.vocab_size, backbone="lstm", dim=8, num_layers=1, rngs=nnx.Rngs(0))
     return Adapter(lm, CODER, batch_size=3, chunk=8, max_gen_toks=5)
 

@@ -129,10 +129,10 @@ def row_scores(
     chunk: int = 256,
     end: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each row of tokens (N,), read from the empty state: nats, and 1.0 where likeliest, of all but the first.
+    """For each row of tokens (N,): nats of all but the first (N - 1,), and 1.0 where one was the likeliest.
 
-    `batch_size` rows at once, `chunk` tokens at a time. end: the token that begins a document, at which the state is
-    emptied.
+    Each is read from the empty state, `batch_size` rows at once, `chunk` tokens at a time. end: the token that begins a
+    document, at which the state is emptied.
     """
     for name, value in (("batch_size", batch_size), ("chunk", chunk)):
         if not is_integer(value):
