@@ -232,7 +232,7 @@ def by_position(nll: Float[ArrayLike, " N"], length: int) -> list[dict[str, floa
 
 
 def by_document(
-    nll: Float[ArrayLike, " N"], tokens: Int[ArrayLike, " M"], end: int | None
+    nll: Float[ArrayLike, " N"], tokens: Shaped[ArrayLike, " M"], end: int | None
 ) -> list[dict[str, float | int]]:
     """Mean loss of each document, its own end included; `tokens` with the first, which has no loss."""
     if end is None:
