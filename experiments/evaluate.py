@@ -83,6 +83,8 @@ def of_corpus(name: str, data_dir: str | None, split: str, coder: Tokenizer) -> 
 
 def evaluation(subject: Subject, contexts: list[int], stateful: bool, by: str, **reading: int) -> list[dict[str, Any]]:
     """A row a context, and those by position or document: of the longest windows, and with the state carried on."""
+    if by == "document" and subject.end is None:
+        raise ValueError(f"{subject.name}: the data is one running text: it has no documents to tell apart")
     sizes = text_size(subject.tokenizer, subject.tokens[1:])
     longest, rows = max(contexts), []
     for context in (*contexts, *([None] if stateful else [])):

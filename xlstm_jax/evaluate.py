@@ -129,14 +129,12 @@ def row_scores(
     chunk: int = 256,
     end: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each row of tokens (N,), read from the empty state: nats, and 1.0 where likeliest, of all but the first.
+    """For each row of tokens (N,): nats of all but the first (N - 1,), and 1.0 where one was the likeliest.
 
-    `batch_size` rows at once, `chunk` tokens at a time. end: the token that begins a document, at which the state is
-    emptied.
+    Each is read from the empty state, `batch_size` rows at once, `chunk` tokens at a time. end: the token that begins a
+    document, at which the state is emptied.
     """
-    for name, value in (("batch_size", batch_size), ("chunk", chunk)):
-        if not is_integer(value):
-            raise ValueError(f"{name} is {value!r}: an integer of at least 1 is needed")
+    check_counts(batch_size=batch_size, chunk=chunk)
     graphdef, params = nnx.split(model)
     longest = max((len(row) - 1 for row in rows), default=0)
     batch_size, chunk = min(batch_size, max(len(rows), 1)), min(chunk, bucket(longest))
@@ -161,6 +159,13 @@ def row_scores(
             yield tuple(each[number, : len(row) - 1] for each in columns) if found else (np.zeros(0, np.float32),) * 2
 
 
+def check_counts(**counts: int) -> None:
+    """All are integers of at least 1."""
+    for name, value in counts.items():
+        if not is_integer(value):
+            raise ValueError(f"{name} is {value!r}: an integer of at least 1 is needed")
+
+
 def stream_losses(
     model: nnx.Module,
     tokens: Shaped[np.ndarray, " N"],
@@ -176,8 +181,7 @@ def stream_losses(
     """
     if len(tokens) < 2:
         raise ValueError(f"the data has {len(tokens)} tokens: at least 2 are needed, one to be predicted")
-    if length is not None and not is_integer(length):
-        raise ValueError(f"a context of {length!r} tokens: an integer of at least 1 is needed")
+    check_counts(batch_size=batch_size, chunk=chunk, **({} if length is None else {"length": length}))
     targets = len(tokens) - 1
     length = math.ceil(targets / batch_size) if length is None else length
     rows = [tokens[start : start + length + 1] for start in range(0, targets, length)]
@@ -228,7 +232,7 @@ def by_position(nll: Float[ArrayLike, " N"], length: int) -> list[dict[str, floa
 
 
 def by_document(
-    nll: Float[ArrayLike, " N"], tokens: Int[ArrayLike, " M"], end: int | None
+    nll: Float[ArrayLike, " N"], tokens: Shaped[ArrayLike, " M"], end: int | None
 ) -> list[dict[str, float | int]]:
     """Mean loss of each document, its own end included; `tokens` with the first, which has no loss."""
     if end is None:

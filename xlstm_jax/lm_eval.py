@@ -4,7 +4,7 @@
     lm_eval.simple_evaluate(model=model, tasks=["lambada_openai"])
 
 Contexts of any length are read from their first token on; nothing is cut off. Text is conditioned on the tokenizer's
-end token where a request gives no context, on a line end where the tokenizer has none.
+end token where a request gives no context to score it in; on a line end where the tokenizer has none, or to generate.
 """
 
 import functools
@@ -46,10 +46,10 @@ class Adapter:
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation): log p of the continuation, and whether it is the likeliest throughout."""
-        rows, starts = zip(*(self.pair(*request.args) for request in requests))
+        pairs = [self.pair(*request.args) for request in requests]
         return [
             (-float(nll[start:].sum(dtype=np.float64)), bool(likeliest[start:].all()))
-            for start, (nll, likeliest) in zip(starts, self.scores(rows))
+            for (_, start), (nll, likeliest) in zip(pairs, self.scores([row for row, _ in pairs]))
         ]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -66,7 +66,7 @@ class Adapter:
         for (until, length, sampling), numbers in groups.items():
             for first in range(0, len(numbers), self.batch_size):
                 batch = numbers[first : first + self.batch_size]
-                prompts = [requests[number].args[0] or self.coder.decode(self.prefix) or "\n" for number in batch]
+                prompts = [requests[number].args[0] or "\n" for number in batch]
                 key = jax.random.fold_in(jax.random.key(self.seed), batch[0])
                 *_, texts = continuations(self.model, self.coder, prompts, length, key, sampling, stop=until)
                 for number, text in zip(batch, texts):

@@ -1,6 +1,6 @@
 """Text in, text out: prompts as strings, ends as strings, over `generate` and a tokeniser of `data.tokenizers`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,9 +67,8 @@ def _texts(blocks, tokenizer, stop, rows):
             return
 
 
-def cut(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> tuple[str, bool]:
+def cut(tokens: Int32[np.ndarray, " T"], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> tuple[str, bool]:
     """The text of the tokens, padding left out, up to the first of the stop texts; and whether it has ended."""
-    tokens = np.asarray(tokens)
     text = tokenizer.decode(tokens[tokens >= 0])
     ends = [place for place in map(text.find, stop) if place >= 0]
     return (text[: min(ends)] if ends else text), bool(ends) or bool(np.any(tokens < 0))
