@@ -28,7 +28,7 @@ def sweep(arg=None):
                 yield {"model.backbone": backbone, "optimizer.learning_rate": rate, "seed": seed, "task.num_eval": 4}
 
 def expected_seconds(arg, overrides):
-    return 10 if overrides["model.backbone"] == "lstm" else 20
+    return 10 if overrides.get("model.backbone") == "lstm" else 20
 """
 
 
