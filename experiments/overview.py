@@ -111,8 +111,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         cells = [str(line["index"]), f"[{STATES[state]}]{state}[/]" if STATES[state] else state, str(line["group"])]
         table.add_row(*cells, escape(changes), clock(line["seconds"]), escape(line["id"]))
     if not console.is_terminal:  # all of it, however wide
-        wide = max(console.measure(table).maximum, console.width)
-        console = Console(file=console.file, width=max(wide, *map(len, summary(found)), 1))
+        console = Console(file=console.file, width=10_000)
     console.print(table)
     for line in summary(found):
         console.print(line, highlight=False, markup=False)

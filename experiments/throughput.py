@@ -44,7 +44,7 @@ def measure(base: ConfigDict, count: int, together: bool) -> dict[str, Any]:
         for failed in (result for result in found if isinstance(result, Exception)):
             raise ValueError(f"a run failed: {failed}")
     first, again = seconds
-    speed = round(count * base.steps / again, 2)
+    speed = round(count * base.steps / max(again, 1e-3), 2)
     return {"runs": count, "vectorized": together, "first": first, "again": again, "steps_per_second": speed}
 
 

@@ -17,9 +17,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from experiments import launch, rows, train
+from experiments import launch, rows
 from experiments.build import COUNTS, INTERVALS, abstract_model, build_model, build_optimizer, build_task, resolve
 from experiments.planning import Run, Sweep
+from experiments.train import check_workdir, use_compilation_cache
+from experiments.train import run as run_alone
 from xlstm_jax import metrics, optim, vectorize
 from xlstm_jax.data import tokenizers
 
@@ -96,7 +98,7 @@ def launch_groups(
 def together(configs: list[ConfigDict], folders: list[Path], progress: bool = True) -> list[dict[str, Any] | Exception]:
     """Train runs of one program, or go on with them: each one's result row, or how it diverged. One is run alone."""
     if len(configs) == 1:
-        return [train.run(configs[0], folders[0], progress=progress)]
+        return [run_alone(configs[0], folders[0], progress=progress)]
     plains = [resolve(config) for config in configs]
     first, task = plains[0], build_task(plains[0])
     for plain in plains:
@@ -104,8 +106,8 @@ def together(configs: list[ConfigDict], folders: list[Path], progress: bool = Tr
     graphdef, _ = abstract_model(first, task)
     data_hash = getattr(task, "data_hash", None)
     folders = [Path(folder).absolute() for folder in folders]
-    found = [train.check_workdir(folder, plain, data_hash) for folder, plain in zip(folders, plains)]
-    train.use_compilation_cache()
+    found = [check_workdir(folder, plain, data_hash) for folder, plain in zip(folders, plains)]
+    use_compilation_cache()
     environment = metrics.environment()
     environment["precision"]["dtype"] = str(first["model"].get("dtype") or "float32")
     initial = jax.jit(lambda seed: nnx.split(build_model(first, task, seed))[1])

@@ -28,7 +28,7 @@ def sweep(arg=None):
                 yield {"model.backbone": backbone, "optimizer.learning_rate": rate, "seed": seed, "task.num_eval": 4}
 
 def expected_seconds(arg, overrides):
-    return 10 if overrides["model.backbone"] == "lstm" else 20
+    return 10 if overrides.get("model.backbone") == "lstm" else 20
 """
 
 
@@ -129,7 +129,9 @@ def test_groups_run_once_fail_alone_and_shrink_when_memory_is_short(source, tmp_
 
 
 def test_a_group_really_runs(source, tmp_path):
-    """From the command line: one program for two seeds and two learning rates, and another for the other cell."""
+    """From the command line: one program for two seeds and two learning rates."""
+    with open(source, "a") as file:
+        file.write("\nrows = sweep\ndef sweep(arg=None): return list(rows(arg))[:4]\n")
     argv = ["run", f"--config={source}", f"--workdir={tmp_path / 'w'}", "--vectorize=on"]
     assert sweep.main(argv) == 0
     plan = planning.load(source)
