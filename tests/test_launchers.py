@@ -281,6 +281,7 @@ def test_a_real_slurm_gives_the_same_rows_and_a_requeue_loses_nothing(reference,
 
 
 @pytest.mark.skipif(bool(absent("ray")), reason="a real Ray cluster needs the package ray")
+@pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_real_ray_gives_the_same_rows(reference, tmp_path):
     assert start("run", tmp_path / "w", "--launcher=ray", run_one=None) == 0
     same_rows(reference, tmp_path / "w")
