@@ -44,7 +44,7 @@ def collect(workdir: Path) -> list[dict[str, Any]]:
         )
     flat = [flatten(run["config"]) | run.pop("overrides") for run in runs]
     for run, here in zip(runs, flat):
-        differing = [name for name in here if len({json.dumps(other.get(name)) for other in flat}) > 1]
+        differing = [name for name in here if len({json.dumps(other.get(name)) for other in flat if other}) > 1]
         run["fields"] = {name: here[name] for name in differing}
     return runs
 

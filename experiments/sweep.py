@@ -25,12 +25,15 @@ import argparse
 import json
 import os
 import sys
+import time
 
 from rich.console import Console
 
 from experiments import command, launch, launchers, overview, rows, search, status, table, vectorize
 from experiments.launchers.local import share_cores, worker_command
 from experiments.planning import Sweep, headline, load, parts, search_space, validate
+
+PATIENCE = 3.0  # seconds; longer than `launch.end_with_parent` takes
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -152,6 +155,10 @@ def work(sweep: Sweep, options: argparse.Namespace, console: Console, run_one) -
     names = options.only.split(",") if options.only else None
     runs = [run for run in sweep.runs if names is None or run.id in names]
     launch.inline(sweep, options.workdir, run_one, console=console, worker=share, progress=False, runs=runs)
+    done = rows.read(options.workdir)
+    if names and any(rows.state(options.workdir, run, done) == "running" for run in runs):
+        time.sleep(PATIENCE)  # a requeued job's earlier process may still be ending
+        launch.inline(sweep, options.workdir, run_one, console=console, progress=False, runs=runs)
 
 
 def check(options: argparse.Namespace, sweep: Sweep) -> dict:

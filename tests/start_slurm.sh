@@ -5,6 +5,7 @@ set -euo pipefail
 dir=$(realpath -m "${1:?usage: tests/start_slurm.sh DIR [stop]}")
 if [ "${2:-}" = stop ]; then
   for file in "$dir"/*.pid; do [ -e "$file" ] && kill "$(cat "$file")" 2>/dev/null || true; done
+  for _ in $(seq 40); do ls "$dir"/*.pid >/dev/null 2>&1 || exit 0; sleep 0.25; done
   exit 0
 fi
 for program in munged slurmctld slurmd sbatch; do

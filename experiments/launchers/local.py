@@ -145,7 +145,7 @@ class Pool:
                 self._kills[run.id] = self._kills.get(run.id, 0) + 1
                 if self._kills[run.id] >= KILLS:
                     self._give_up(run, word)
-        if len(waiting) > sum(kills >= KILLS for kills in self._kills.values()):
+        if any(rows.state(self._workdir, run, done) == "missing" for run in waiting):
             self._say(f"worker {index} was {word}: another takes its place")
             self._start(index)
 

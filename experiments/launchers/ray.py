@@ -109,14 +109,16 @@ def connect(options: dict):
     settings = dict(runtime_env={"env_vars": known}, log_to_driver=False, logging_level="ERROR")
     if "address" not in options:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of this process alone needs no token
-        return ray.init(num_cpus=local.count(options), include_dashboard=False, **settings) and ray
+        ray.init(num_cpus=local.count(options), include_dashboard=False, **settings)
+        return ray
     try:
-        return ray.init(address=options["address"], **settings) and ray
+        ray.init(address=options["address"], **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
         words = " ".join(str(error).split())[:200]
         raise ValueError(
             f"--launcher_option=address={options['address']}: no Ray cluster answers there: {words}"
         ) from None
+    return ray
 
 
 def task(ray, options: dict):

@@ -46,13 +46,14 @@ def check(action: str, options: dict) -> None:
 
 
 class Job:
-    """What a job does: worker processes' work, in a process of its own that ends with it; submitit pickles this."""
+    """What a job does: a worker process, which ends when this one does; submitit pickles it."""
 
     def __init__(self, command: list[str], folder: str):
         self.command, self.folder = command, folder
 
     def __call__(self) -> int:
-        code = subprocess.run(self.command, cwd=self.folder, env=local.environment()).returncode
+        options = dict(cwd=self.folder, env=local.environment(), start_new_session=True)  # signals are for submitit
+        code = subprocess.run(self.command, **options).returncode
         if code:
             raise RuntimeError(f"the worker ended with code {code}")
         return code
