@@ -28,12 +28,14 @@ ARGS = {
     "configs/papers/tcn_synthetic.py": ("", "reduced", "paper", "reduced,copy_memory", "reduced,debug"),
     "configs/papers/scaling_laws.py": ("", "reduced", "paper", "reduced,debug"),
     "configs/papers/xlstm_ablations.py": ("", "reduced", "paper", "reduced,debug"),
-    "configs/papers/xlstm_formal_languages.py": ("", "demo", "reduced", "breadth", "paper", "breadth,debug"),
-    "configs/papers/deletang_chomsky.py": ("demo", "reduced", "paper", "reduced,debug"),
-    "configs/papers/state_tracking.py": ("demo", "reduced", "paper", "reduced,debug"),
+    "configs/papers/xlstm_formal_languages.py": ("", "demo", "reduced", "breadth,debug"),
+    "configs/papers/deletang_chomsky.py": ("demo", "reduced,debug"),
+    "configs/papers/state_tracking.py": ("demo", "reduced,debug"),
 }
 BIBLE = str(ROOT / "configs/bible.py")
 FORMAL = str(ROOT / "configs/papers/xlstm_formal_languages.py")
+CHOMSKY = str(ROOT / "configs/papers/deletang_chomsky.py")
+STATE = str(ROOT / "configs/papers/state_tracking.py")
 
 
 def test_every_config_is_listed():
@@ -63,9 +65,20 @@ def test_wrong_argument_names_the_valid_ones(file):
     assert "\n" not in str(error.value)
 
 
-def test_sizes_of_the_table():
-    counts = {arg: len(planning.load(f"{FORMAL}:{arg}").runs) for arg in ("demo", "reduced", "breadth", "paper")}
-    assert counts == {"demo": 6 * 3, "reduced": 6 * 4 * 3, "breadth": 8 * 15 * 2, "paper": 7 * 15 * 3 * 2}
+@pytest.mark.parametrize(
+    "file,counts",
+    [
+        (FORMAL, {"demo": 6 * 3, "reduced": 6 * 4 * 3, "breadth": 8 * 15 * 2, "paper": 7 * 15 * 3 * 2}),
+        (CHOMSKY, {"demo": 2 * 2, "reduced": 6 * 15, "paper": 6 * 15 * 3 * 10}),
+        (STATE, {"demo": 2, "reduced": 7 * 4 * 2, "paper": 7 * 6 * 4 * 3}),
+    ],
+)
+def test_sizes_of_the_tables(file, counts):
+    for arg, count in counts.items():
+        base, module = planning.read(f"{file}:{arg}")
+        runs = list(module.sweep(arg))
+        assert len(runs) == count == len({planning.run_id(run) for run in runs})
+        resolve(planning.override(base, runs[-1]))
 
 
 def test_paper_preset_is_the_papers_protocol():
@@ -83,7 +96,7 @@ def test_table_numbers_belong_to_its_rows_and_columns(file):
         assert all(row in table["rows"] and column in table["columns"] for row, column in source["values"])
 
 
-@pytest.mark.parametrize("source", [FORMAL, BIBLE])
+@pytest.mark.parametrize("source", [FORMAL, CHOMSKY, STATE, BIBLE])
 def test_every_run_is_accepted_by_models_tasks_and_optimiser(source):
     planning.validate(planning.load(f"{source}:demo,debug"))
 
