@@ -29,7 +29,8 @@ def write(path, **changes):
     cells = {}
     for split, rolls in pieces.items():
         cells[f"{split}data"] = np.empty((1, len(rolls)), object)
-        cells[f"{split}data"][0, :] = rolls
+        for number, roll in enumerate(rolls):
+            cells[f"{split}data"][0, number] = roll
     scipy.io.savemat(path, cells)
     return pieces
 
@@ -65,18 +66,17 @@ def test_evaluation_shows_every_frame_once(music):
 def test_training_passes_over_all_pieces(music):
     path, pieces, task = music
     known = {piece[:-1].tobytes() for piece in pieces["train"]}
-    orders = []
+    orders, draw = [], jax.jit(lambda step: task.batch("train", 1, step, 2))
     for turn in range(2):
-        rows = [row for step in range(3) for row in rows_of(task.batch("train", 1, 3 * turn + step, 2))]
+        rows = [row for step in range(3) for row in rows_of(draw(3 * turn + step))]
         orders.append([inputs.astype(float).tobytes() for inputs, _ in rows])
         assert set(orders[-1]) == known
     assert orders[0] != orders[1]
-    again = task.batch("train", 1, 4, 2)
-    jax.tree.map(np.testing.assert_array_equal, again, jax.jit(lambda: task.batch("train", 1, 4, 2))())
     cut = tasks.make("music", corpus=f"file:{path}", max_frames=4)
+    draw = jax.jit(lambda step: cut.batch("train", 0, step, 3))
     places = set()
     for step in range(12):
-        for inputs, targets in rows_of(cut.batch("train", 0, step, 3)):
+        for inputs, targets in rows_of(draw(step)):
             assert len(inputs) <= 4
             np.testing.assert_array_equal(inputs[1:], targets[:-1])
             found = [
