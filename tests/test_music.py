@@ -29,7 +29,8 @@ def write(path, **changes):
     cells = {}
     for split, rolls in pieces.items():
         cells[f"{split}data"] = np.empty((1, len(rolls)), object)
-        cells[f"{split}data"][0, :] = rolls
+        for number, roll in enumerate(rolls):
+            cells[f"{split}data"][0, number] = roll
     scipy.io.savemat(path, cells)
     return pieces
 
@@ -51,9 +52,10 @@ def rows_of(batch):
 
 def test_evaluation_shows_every_frame_once(music):
     _, pieces, task = music
-    check(task.batch("test", 0, 0, 2), task)
+    draw = jax.jit(lambda step: task.batch("test", 0, step, 2))
+    check(draw(0), task)
     assert (task.num_features, task.num_classes, task.num_batches("test", 2)) == (KEYS, KEYS, 2)
-    batches = [task.batch("test", 0, step, 2) for step in range(2)]
+    batches = [draw(step) for step in range(2)]
     rows = [row for batch in batches for row in rows_of(batch)]
     for piece, (inputs, targets) in zip(pieces["test"], rows[:3], strict=True):
         np.testing.assert_array_equal(inputs, piece[:-1])
@@ -65,18 +67,17 @@ def test_evaluation_shows_every_frame_once(music):
 def test_training_passes_over_all_pieces(music):
     path, pieces, task = music
     known = {piece[:-1].tobytes() for piece in pieces["train"]}
-    orders = []
+    orders, draw = [], jax.jit(lambda step: task.batch("train", 1, step, 2))
     for turn in range(2):
-        rows = [row for step in range(3) for row in rows_of(task.batch("train", 1, 3 * turn + step, 2))]
+        rows = [row for step in range(3) for row in rows_of(draw(3 * turn + step))]
         orders.append([inputs.astype(float).tobytes() for inputs, _ in rows])
         assert set(orders[-1]) == known
     assert orders[0] != orders[1]
-    again = task.batch("train", 1, 4, 2)
-    jax.tree.map(np.testing.assert_array_equal, again, jax.jit(lambda: task.batch("train", 1, 4, 2))())
     cut = tasks.make("music", corpus=f"file:{path}", max_frames=4)
+    draw = jax.jit(lambda step: cut.batch("train", 0, step, 3))
     places = set()
     for step in range(12):
-        for inputs, targets in rows_of(cut.batch("train", 0, step, 3)):
+        for inputs, targets in rows_of(draw(step)):
             assert len(inputs) <= 4
             np.testing.assert_array_equal(inputs[1:], targets[:-1])
             found = [
@@ -116,10 +117,9 @@ def test_evaluation_weighs_frames_not_pieces(music):
     assert evaluate.evaluate(model, task, "test", 2)["nll"] == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("backbone,options", [("gru", {}), ("lstm_block", {"embedding_dim": 16})])
-def test_a_model_of_real_inputs_keeps_the_contract(x64, backbone, options):
+def test_a_model_of_real_inputs_keeps_the_contract(x64):
     def make(**form):
-        return models.FeatureTagger(3, 2, backbone=backbone, dim=16, num_layers=1, rngs=nnx.Rngs(0), **options, **form)
+        return models.FeatureTagger(3, 2, backbone="gru_block", dim=8, num_layers=1, rngs=nnx.Rngs(0), **form)
 
     check_contract(Subject(make, (3,)))
 
@@ -186,7 +186,7 @@ def test_text_is_no_music(music):
         tasks.make("music", corpus="bundled:kjv")
     with pytest.raises(ValueError, match="6 training samples are fewer than batch_size 7"):
         music[2].batch("train", 0, 0, 7)
-    batch = music[2].batch("test", 0, 0, 1)
+    batch = jax.jit(lambda: music[2].batch("test", 0, 0, 1))()
     for field, value, message in (
         ("inputs", batch.inputs[..., 0], r"inputs must be \(B, T, F\)"),
         ("inputs", batch.inputs[..., :3], "inputs has shape .* is needed"),
