@@ -49,7 +49,7 @@ class Words:
 
 def step(name, sizes=None, layers=2):
     """The train step's program, metrics, gradient (by descent at rate 1) and new state."""
-    options = {} if "lstm_block" == name or "min" in name else dict(num_heads=4, chunk_size=4)
+    options = {} if name.startswith(("lstm", "min")) else dict(num_heads=4, chunk_size=4)
     tx = optax.sgd(1.0)
     with sharding.use(sizes and sharding.make_mesh(sizes)):
         model = models.LM(32, backbone=name, dim=64, num_layers=layers, rngs=nnx.Rngs(0), **options)
@@ -80,7 +80,7 @@ def divided(new):
 
 @pytest.mark.parametrize(
     "name, sizes",
-    [("lstm_block", dict(data=2, fsdp=4)), ("xlstm[1:1]", dict(data=2, fsdp=2, tensor=2))],
+    [("lstm", dict(data=2, fsdp=4)), ("xlstm[1:1]", dict(data=2, fsdp=2, tensor=2))],
     ids=lambda a: a if isinstance(a, str) else "",
 )
 def test_a_mesh_gives_one_devices_step(name, sizes, monkeypatch, capfd):
@@ -137,8 +137,7 @@ def check_time_sharded(function, inputs, few):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-5 * max(np.abs(a).max(), 1))
     found = collectives(text)
     assert not [c for c in found if c.in_time_loop]
-    kinds = {c.kind for c in found}
-    assert ("collective-permute" in kinds, "all-gather" in kinds) == (few < 8, few >= 8)
+    assert ("collective-permute" in {c.kind for c in found}) == (few < 8)
 
 
 @pytest.mark.parametrize("few", [1, 16])
@@ -195,7 +194,7 @@ def test_what_does_not_divide(sizes, words):
 
 def test_the_rules_speak_of_every_large_weight():
     sizes = dict(runs=1, data=1, fsdp=4, tensor=2, seq=1)
-    for name in ("xlstm[1:1]", "xlstm_large", "lstm_block", "transformer"):
+    for name in ("xlstm[1:1]", "lstm_block"):
         options = dict(backbone=name, dim=512, num_layers=4) | ({} if name == "lstm_block" else dict(num_heads=4))
         model = nnx.eval_shape(lambda: models.LM(512, rngs=nnx.Rngs(0), **options))  # noqa: B023
         for parameter, (shape, spec) in sharding.parameter_specs(model, sizes).items():
