@@ -54,7 +54,9 @@ def test_learns_and_writes_its_record(tmp_path):
     ]  # fmt: skip
     assert rows[0].keys() == {"step", "split", "loss", "accuracy", "grad_norm", "learning_rate"}
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["100", "80"]
-    assert metrics.read(tmp_path / "timing.jsonl")[-1].keys() == {"step", "seconds", "steps_per_second"}
+    assert metrics.read(tmp_path / "timing.jsonl")[-1].keys() == {
+        "step", "seconds", "goodput", "spent", "steps_per_second", "tokens_per_second",
+    }  # fmt: skip
     assert evaluate(trained, Recall(), "test", 8)["accuracy"] == result["test_accuracy"]
 
 
@@ -165,7 +167,7 @@ def test_a_bad_step_leaves_the_state_as_it_was():
     state = train.init_state(tiny_model, task, tx, 4, seed=0)
     step = jax.jit(lambda s: train.train_step(s, graphdef=graphdef, task=task, tx=tx, batch_size=4))
     new, row = step(state)
-    assert not row.finite
+    assert not row.good
     same(new, state)
 
 
@@ -228,9 +230,9 @@ def test_an_evaluation_without_batches_is_refused():
 def test_what_weighs_nothing_counts_for_nothing():
     batch, tiny_model = Recall().batch("train", 0, 0, 4), model()
     other = batch._replace(targets=batch.targets.at[:, 0].set(0))
-    loss, (accuracy, _) = train.loss_and_accuracy(tiny_model, batch, None, None)
+    loss, (_, accuracy, _) = train.loss_and_accuracy(tiny_model, batch, None, None)
     assert not np.array_equal(batch.targets, other.targets)
-    assert (loss, accuracy) == (lambda found: (found[0], found[1][0]))(
+    assert (loss, accuracy) == (lambda found: (found[0], found[1][1]))(
         train.loss_and_accuracy(tiny_model, other, None, None)
     )
 
