@@ -185,6 +185,8 @@ class Run:
                 self._lines.write(step=self.step, split=split, **found)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
             self._progress.note(f"step {self.step}, {split}: {shown}")
+        if self._timing:
+            self._timing.write(step=self.step, **self._clock.row())
 
     def _trace(self, end: int) -> None:
         """Begin the trace when the second dispatch begins; end it once `profile` steps are in it."""
