@@ -49,8 +49,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True, p
         return found
     use_compilation_cache()
     environment = metrics.environment()
-    dtypes = precision.dtypes(plain["precision"]) | plain["model"]
-    environment["precision"] |= {name: str(dtypes[name]) for name in ("dtype", "param_dtype")}
+    environment["precision"] |= recorded_dtypes(plain)
     record = {"id": workdir.name, "config": plain} | environment | {"data_hash": data_hash}
     stored = None if mesh is None else sharding.parameter_shardings(nnx.merge(graphdef, shapes), mesh)
     params = jax.jit(lambda seed: nnx.split(build_model(plain, task, seed))[1], out_shardings=stored)(plain["seed"])
@@ -70,6 +69,12 @@ def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True, p
             label=workdir.name,
             record=record,
         )
+
+
+def recorded_dtypes(plain: dict[str, Any]) -> dict[str, str]:
+    """What the model computes in and keeps its parameters in, for the record of a run."""
+    dtypes = precision.dtypes(plain["precision"]) | plain["model"]
+    return {name: str(dtypes[name]) for name in ("dtype", "param_dtype")}
 
 
 def build_mesh(plain: dict[str, Any], model: nnx.Module, task) -> Mesh | None:

@@ -53,9 +53,9 @@ def test_stopped_at_a_checkpoint(tmp_path, stop, monkeypatch):
     fit(tmp_path / "whole")
     save = Run.save
 
-    def save_and_stop(run):
-        save(run)
-        if run.step == stop:
+    def save_and_stop(run, step, state):
+        save(run, step, state)
+        if step == stop:
             run.checkpoints.wait()
             raise KeyboardInterrupt
 

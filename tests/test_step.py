@@ -53,9 +53,9 @@ def fit(workdir, *, task=None, stop=None, steps=30, **settings):
     """(model, result) of a run; killed after the checkpoint of step `stop`."""
     save = Run.save
 
-    def save_and_stop(run):
-        save(run)
-        if run.step == stop:
+    def save_and_stop(run, step, state):
+        save(run, step, state)
+        if step == stop:
             raise KeyboardInterrupt
 
     settings = {"save_every": 10, "log_every": 3, "steps_per_dispatch": 4, "batch_size": 4} | settings

@@ -25,34 +25,38 @@ class Run:
     def __init__(
         self,
         workdir: Path | None,
-        start: Callable[[], PyTree],
-        *,
+        state: PyTree,
         steps: int,
         log_every: int,
-        tokens: int,
-        rollback: bool,
-        max_bad_steps: int,
-        keep: tuple[int, int],
-        profile: int,
-        recheck: Callable[..., None],
-        clock: metrics.Clock,
         label: str,
         progress: bool,
+        recheck: Callable[..., None],
+        *,
+        start: Callable[[], PyTree] | None = None,
+        tokens: int | None = None,
+        max_bad_steps: int = 10,
+        keep: tuple[int, int] = (2, 0),
+        profile: int = 0,
+        clock: metrics.Clock | None = None,
     ):
-        """start: makes the state of step 0; tokens: of a step; recheck(step=): ValueError where its batch is wrong."""
-        self.state, self.step = start(), 0
-        self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+        """recheck(step=): ValueError where that batch is wrong; tokens: of a step.
+
+        start: makes the state of step 0 anew, where bad steps are rolled back from; keep: see `Checkpoints`.
+        """
+        self.state, self.step, self.pending = state, 0, None
+        self._like = jax.tree.map(_abstract, state)
         self._workdir, self._start, self._steps, self._log_every = workdir, start, steps, log_every
-        self._tokens, self._rollback, self._max_bad_steps = tokens, rollback, max_bad_steps
-        self._recheck, self._clock = recheck, clock
-        self._pending, self._window, self._rollbacks, self._compiled = None, [], 0, False
+        self._tokens, self._max_bad_steps, self._recheck = tokens, max_bad_steps, recheck
+        self._clock = metrics.Clock() if clock is None else clock
+        self._window, self._rollbacks, self._compiled = [], 0, False
         self._profile, self._tracing = profile, None
         self.checkpoints = self._lines = self._timing = None
         if workdir is not None:
             workdir.mkdir(parents=True, exist_ok=True)
             self.checkpoints = Checkpoints(workdir / "checkpoints", *keep)
             try:
-                self._restore()
+                with self._clock("start_up"):
+                    self._restore()
                 self._open_lines()
             except BaseException:
                 self.checkpoints.close()
@@ -101,14 +105,18 @@ class Run:
         self._compiled = True
         begin, self.state = self.step, state
         if self.read_pending():  # else they began at a bad step, and the rollback threw them away
-            self._pending, self.step = (begin, end, history), end
+            self.pending, self.step = (begin, end, history), end
 
-    def read_pending(self) -> bool:
-        """Wait for the pending dispatch and write its metrics; False after a rollback; `Diverged` where all ends."""
-        if self._pending is None:
+    def read_pending(self, state: PyTree = None) -> bool:
+        """Wait for the pending dispatch and write its metrics; False after a rollback; `Diverged` where all ends.
+
+        state: what that dispatch left, if it is not the run's.
+        """
+        state = self.state if state is None else state
+        if self.pending is None:
             return True
-        start, end, history = self._pending
-        self._pending = None
+        start, end, history = self.pending
+        self.pending = None
         history = {
             name: values.tolist() for name, values in jax.device_get(history)._asdict().items() if values is not None
         }
@@ -117,12 +125,13 @@ class Run:
             in_a_row = row.pop("bad_in_a_row", 0)
             if row.pop("good"):
                 self._window.append(row)
-            elif self._rollback:
+            elif self._start is not None:
                 self._roll_back(step, row)
                 return False
             elif not 0 < in_a_row <= self._max_bad_steps:
                 self._recheck(step=step - 1)
-                raise Diverged(self._diverged(step, row, f" ({in_a_row} bad steps in a row)" if in_a_row else ""))
+                why = f" ({in_a_row} bad steps in a row)" if in_a_row else ""
+                raise Diverged(self._diverged(step, row, state, why))
             else:
                 self._progress.note(f"step {step} was bad and is skipped: {_words(row)}")
             if step % self._log_every == 0 or step == self._steps:
@@ -138,7 +147,8 @@ class Run:
         self._rollbacks += 1
         if self._rollbacks > self._max_bad_steps:
             self._recheck(step=step - 1 + moved_on)
-            raise Diverged(self._diverged(step, row, f" ({self._rollbacks} rollbacks to one checkpoint)"))
+            why = f" ({self._rollbacks} rollbacks to one checkpoint)"
+            raise Diverged(self._diverged(step, row, self.state, why))
         with self._clock("checkpoint"):
             if self.checkpoints:
                 self._restore()
@@ -164,29 +174,33 @@ class Run:
             self._lines.write(step=step, split="train", **means)
         self._window = []
 
-    def _diverged(self, step: int, row: dict[str, float], why: str) -> str:
+    def _diverged(self, step: int, row: dict[str, float], state: PyTree, why: str) -> str:
         last = self.checkpoints and self.checkpoints.latest_path()
         return (
             f"diverged at step {step}{why}: {_words(row)}, parameter norm"
-            f" {float(optax.tree.norm(self.state.params)):.4g} before it; last good checkpoint: {last or 'none'};"
+            f" {float(optax.tree.norm(state.params)):.4g} before it; last good checkpoint: {last or 'none'};"
             " a lower learning_rate, a longer warm-up or a smaller clip may help"
         )
 
-    def save(self) -> None:
+    def save(self, step: int, state: PyTree) -> None:
         """A checkpoint; the next train line begins here, so that a resumed run writes the same one."""
         self._window, self._rollbacks = [], 0
         if self.checkpoints:
             with self._clock("checkpoint"):
-                self.checkpoints.save(self.step, self.state)
+                self.checkpoints.save(step, state)
 
-    def write_evaluation(self, results: dict[str, dict[str, float]]) -> None:
+    def write_evaluation(self, step: int, results: dict[str, dict[str, Any]]) -> None:
         for split, found in results.items():
             if self._lines:
-                self._lines.write(step=self.step, split=split, **found)
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-            self._progress.note(f"step {self.step}, {split}: {shown}")
+                self._lines.write(step=step, split=split, **found)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
+            self._progress.note(f"step {step}, {split}: {shown}")
         if self._timing:
-            self._timing.write(step=self.step, **self._clock.row())
+            self._timing.write(step=step, **self._clock.row())
+
+    def seconds(self) -> float:
+        """Wall-clock of the run so far, earlier calls included."""
+        return self._clock.total()
 
     def _trace(self, end: int) -> None:
         """Begin the trace when the second dispatch begins; end it once `profile` steps are in it."""
@@ -221,5 +235,11 @@ def _words(row: dict[str, float]) -> str:
     return f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
 
 
-def _speeds(steps_per_second: float, tokens: int) -> dict[str, float]:
-    return {"steps_per_second": round(steps_per_second, 3), "tokens_per_second": round(steps_per_second * tokens, 1)}
+def _speeds(steps_per_second: float, tokens: int | None) -> dict[str, float]:
+    speeds = {"steps_per_second": round(steps_per_second, 3)}
+    return speeds if tokens is None else speeds | {"tokens_per_second": round(steps_per_second * tokens, 1)}
+
+
+def _abstract(x: Any) -> Any:
+    """What is left of an array when a step has taken its memory; an array of the host has no sharding."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x

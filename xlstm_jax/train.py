@@ -349,21 +349,19 @@ def fit(
             length=steps_per_dispatch,
         )
         batch = jax.eval_shape(partial(task.batch, "train", seed, 0, batch_size))
-        run = Run(
-            workdir,
-            start,
-            steps=steps,
-            log_every=log_every,
-            tokens=math.prod(batch.inputs.shape[:2]),
-            rollback=options.on_bad_step == "rollback",
-            max_bad_steps=max_bad_steps,
-            keep=(keep_last, keep_every),
-            profile=profile,
-            recheck=partial(check_data, task, "train", batch_size, seed),
-            clock=clock,
-            label=label,
-            progress=progress,
-        )
+        rollback = options.on_bad_step == "rollback"
+        recheck = partial(check_data, task, "train", batch_size, seed)
+        state = start()
+    run = Run(
+        *(workdir, state, steps, log_every, label, progress, recheck),
+        start=start if rollback else None,
+        tokens=math.prod(batch.inputs.shape[:2]),
+        max_bad_steps=max_bad_steps,
+        keep=(keep_last, keep_every),
+        profile=profile,
+        clock=clock,
+    )
+    del state
     every = tuple(each for each in (save_every, eval_every) if each)
     with run:
         while True:
@@ -379,7 +377,7 @@ def fit(
                         if not all(math.isfinite(v) for v in found.values() if isinstance(v, float)):  # is it the data?
                             for step in range(task.num_batches(split, eval_batch_size)):
                                 check_data(task, split, eval_batch_size, 0, step)
-                run.write_evaluation(results)
+                run.write_evaluation(at, results)
             if final:
                 break
             end = min(steps, *(at - at % each + each for each in (steps_per_dispatch, *every)))
@@ -387,7 +385,7 @@ def fit(
             if end == steps or any(end % each == 0 for each in every):
                 run.read_pending()  # after a rollback `run.step` is no longer `end`
                 if run.step == end and (end == steps or (save_every and end % save_every == 0)):
-                    run.save()
+                    run.save(end, run.state)
         nnx.update(model, weights)
         result = (
             (record or {})
@@ -395,7 +393,7 @@ def fit(
                 "steps": steps,
                 "seed": seed,
                 "parameters": parameters,
-                "seconds": round(clock.total(), 3),
+                "seconds": round(run.seconds(), 3),
             }
             | {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
         )
