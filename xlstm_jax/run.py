@@ -207,7 +207,7 @@ class Run:
         if not self._profile or not self._compiled:
             return
         if self._tracing is None:
-            jax.profiler.start_trace(self._workdir / "profile")
+            jax.profiler.start_trace(str(self._workdir / "profile"))
             self._tracing = self.step
         elif self.step - self._tracing >= self._profile:
             self._end_trace()
