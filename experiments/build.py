@@ -86,7 +86,7 @@ def resolve(config: ConfigDict) -> dict[str, Any]:
 
 def step_options(plain: dict[str, Any]) -> train.StepOptions:
     """What a step of the resolved config does beside a plain update."""
-    return train.StepOptions(**{name: plain[name] for name in STEP})
+    return train.StepOptions(**{name: type(default)(plain[name]) for name, default in STEP.items()})
 
 
 def build_task(plain: dict[str, Any]):

