@@ -50,7 +50,7 @@ def program(config: ConfigDict, together: bool = True) -> str:
 
 
 def groups(sweep: Sweep, runs: list[Run], most: int = TOGETHER) -> list[list[Run]]:
-    """The runs by program, in the sweep's order, at most `most` in each; one with a mesh or a step of its own is alone."""
+    """The runs by program, in the sweep order, at most `most` in each; one with its own mesh or step is alone."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         config = sweep.config(run)
