@@ -15,15 +15,27 @@ from flax import nnx
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from xlstm_jax import attention, blocks, cells, models, optim, tasks
+from xlstm_jax import attention, blocks, cells, models, optim, precision, tasks, train
 from xlstm_jax.names import unknown
 
 KINDS = ("tagger", "lm", "features")  # features: real inputs in place of tokens
 SECTIONS = ("model", "task", "optimizer")
 COUNTS = {"steps": None, "batch_size": None, "log_every": 100, "eval_batch_size": None, "steps_per_dispatch": 10}
-INTERVALS = {"seed": None, "eval_every": 0, "save_every": 0}  # these may be 0
+COUNTS |= {"max_bad_steps": 10, "keep_last": 2}
+INTERVALS = {"seed": None, "eval_every": 0, "save_every": 0, "keep_every": 0}  # these may be 0
+STEP = train.PLAIN._asdict()  # accumulate, z_loss, ema, on_bad_step, spike
+DEFAULTS = COUNTS | INTERVALS | STEP | {"precision": "float32"}
 REQUIRED = ("kind", *SECTIONS, "steps", "batch_size", "seed")
-FIELDS = ("kind", "label", *SECTIONS, "mesh", *COUNTS, *INTERVALS)  # mesh: sizes by axis, see `sharding.make_mesh`
+FIELDS = (
+    "kind",
+    "label",
+    "precision",
+    *SECTIONS,
+    "mesh",
+    *COUNTS,
+    *INTERVALS,
+    *STEP,
+)  # mesh: sizes by axis, see `sharding.make_mesh`
 PLAIN = {bool, int, float, str, NoneType}
 LARGEST = 2**31 - 1  # steps and seeds are int32 on the device
 
@@ -49,7 +61,7 @@ def resolve(config: ConfigDict) -> dict[str, Any]:
         raise ValueError(unknown("config.kind", plain["kind"], KINDS))
     if not isinstance(plain.get("label", ""), str):
         raise ValueError(f"config.label is {plain['label']!r}: it is what a table calls the run, a string")
-    plain = {**COUNTS, **INTERVALS, **plain}
+    plain = DEFAULTS | plain
     plain["eval_batch_size"] = plain["eval_batch_size"] or plain["batch_size"]
     for name, least in {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(INTERVALS, 0)}.items():
         if type(plain[name]) is not int:
@@ -57,7 +69,24 @@ def resolve(config: ConfigDict) -> dict[str, Any]:
         if not least <= plain[name] <= LARGEST:
             bound = f"at least {least}" if plain[name] < least else f"at most {LARGEST}"
             raise ValueError(f"config.{name} is {plain[name]}: {bound} is needed")
+    for name, default in STEP.items():
+        kind, given = type(default), type(plain[name])
+        if given is not kind and (kind, given) != (float, int):
+            raise ValueError(f"config.{name} is {plain[name]!r} ({given.__name__}): {kind.__name__} is needed")
+    with _about():
+        train.check_options(step_options(plain), plain["batch_size"])
+        dtypes = precision.dtypes(plain["precision"])
+    own = plain["model"].get("dtype")
+    if plain["precision"] != "float32" and own not in (None, dtypes["dtype"]):
+        raise ValueError(
+            f"config.precision is {plain['precision']!r}, but config.model.dtype {own!r}: give one of them"
+        )
     return plain
+
+
+def step_options(plain: dict[str, Any]) -> train.StepOptions:
+    """What a step of the resolved config does beside a plain update."""
+    return train.StepOptions(**{name: type(default)(plain[name]) for name, default in STEP.items()})
 
 
 def build_task(plain: dict[str, Any]):
@@ -82,12 +111,13 @@ def build_model(plain: dict[str, Any], task, seed) -> nnx.Module:
     """The model of the resolved config, initialised from the seed."""
     _check_options("model", plain["model"], options_of(plain, "model"))
     rngs = nnx.Rngs(jax.random.key(seed))
+    options = precision.dtypes(plain["precision"]) | plain["model"]
     with _about("model"):
         if plain["kind"] == "lm":
-            return models.LM(task.vocab_size, rngs=rngs, **plain["model"])
+            return models.LM(task.vocab_size, rngs=rngs, **options)
         if plain["kind"] == "features":
-            return models.FeatureTagger(task.num_features, task.num_classes, rngs=rngs, **plain["model"])
-        return models.Tagger(task.vocab_size, task.num_classes, rngs=rngs, **plain["model"])
+            return models.FeatureTagger(task.num_features, task.num_classes, rngs=rngs, **options)
+        return models.Tagger(task.vocab_size, task.num_classes, rngs=rngs, **options)
 
 
 def abstract_model(plain: dict[str, Any], task) -> tuple[nnx.GraphDef, PyTree]:
@@ -161,7 +191,7 @@ def _annotations(function) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _about(section: str):
+def _about(section: str | None = None):
     """Complaints from inside name the section of the config that they are about."""
     try:
         yield
@@ -169,4 +199,4 @@ def _about(section: str):
         words = " ".join(str(error).split())
         if foreign := re.search(r"unknown option of \w+ '(\w+)'", words):
             words = f"{foreign[1]} is no option of this {section}, only of others"
-        raise ValueError(f"config.{section}: {words}") from error
+        raise ValueError(f"config{f'.{section}' if section else ''}: {words}") from error

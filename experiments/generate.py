@@ -61,7 +61,11 @@ def load_run(workdir: str | Path, **options: Any) -> Run:
         step = checkpoints.latest()
         if step is None:
             raise ValueError(f"{workdir} has no checkpoint yet")
-        return Run(plain, task, nnx.merge(graphdef, checkpoints.restore_part(step, "params", shapes)))
+        return Run(
+            plain,
+            task,
+            nnx.merge(graphdef, checkpoints.restore_part(step, "average" if plain["ema"] else "params", shapes)),
+        )
 
 
 def load(workdir: str | Path) -> nnx.Module:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from experiments import command, planning
 from experiments.build import (
     COUNTS,
+    DEFAULTS,
     INTERVALS,
     abstract_model,
     build_model,
@@ -24,13 +25,18 @@ from experiments.build import (
     build_task,
     flatten,
     resolve,
+    step_options,
 )
-from xlstm_jax import metrics, sharding, train
+from xlstm_jax import metrics, precision, sharding, train
+from xlstm_jax.checkpoint import FORMAT
 from xlstm_jax.data import tokenizers
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True) -> dict[str, Any]:
-    """Train as `config` says, or go on with it, or return what a finished run in `workdir` found: the result row."""
+def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True, profile: int = 0) -> dict[str, Any]:
+    """Train as `config` says, or go on with it, or return what a finished run in `workdir` found: the result row.
+
+    profile: trace that many steps into `workdir`/profile.
+    """
     workdir = Path(workdir).absolute()
     plain = resolve(config)
     task = build_task(plain)
@@ -43,7 +49,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True) -
         return found
     use_compilation_cache()
     environment = metrics.environment()
-    environment["precision"]["dtype"] = str(plain["model"].get("dtype") or "float32")
+    environment["precision"] |= recorded_dtypes(plain)
     record = {"id": workdir.name, "config": plain} | environment | {"data_hash": data_hash}
     stored = None if mesh is None else sharding.parameter_shardings(nnx.merge(graphdef, shapes), mesh)
     params = jax.jit(lambda seed: nnx.split(build_model(plain, task, seed))[1], out_shardings=stored)(plain["seed"])
@@ -56,11 +62,19 @@ def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True) -
             task,
             tx,
             **{name: plain[name] for name in names},
+            options=step_options(plain),
+            profile=profile,
             workdir=workdir,
             progress=progress,
             label=workdir.name,
             record=record,
         )
+
+
+def recorded_dtypes(plain: dict[str, Any]) -> dict[str, str]:
+    """What the model computes in and keeps its parameters in, for the record of a run."""
+    dtypes = precision.dtypes(plain["precision"]) | plain["model"]
+    return {name: str(dtypes[name]) for name in ("dtype", "param_dtype")}
 
 
 def build_mesh(plain: dict[str, Any], model: nnx.Module, task) -> Mesh | None:
@@ -93,7 +107,7 @@ def check_workdir(workdir: Path, plain: dict[str, Any], data_hash: str | None = 
     if not isinstance(saved.get("config"), dict):
         raise ValueError(f"{path} holds no config: restore it or choose another folder")
     there, here = (
-        flatten({name: value for name, value in c.items() if name != "mesh"}) | {"data": h}  # any mesh may go on
+        flatten({name: value for name, value in (DEFAULTS | c).items() if name != "mesh"}) | {"data": h}  # any mesh
         for c, h in ((saved["config"], saved.get("data_hash")), (plain, data_hash))
     )
     differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
@@ -102,11 +116,21 @@ def check_workdir(workdir: Path, plain: dict[str, Any], data_hash: str | None = 
         more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
         raise ValueError(f"workdir {workdir} holds another config's run: {shown}{more}; choose another folder")
     if not (workdir / "result.json").exists():
+        check_format(path, saved)
         return None
     found = read_json(workdir / "result.json")
     if not found.keys() >= {"id", "steps", "seconds"}:
         raise ValueError(f"{workdir / 'result.json'} is no result: restore it or choose another folder")
     return found
+
+
+def check_format(path: Path, saved: dict[str, Any]) -> None:
+    """ValueError where the checkpoints beside a config.json are of another format than this version's."""
+    if saved.get("format") != FORMAT:
+        raise ValueError(
+            f"{path.parent} holds checkpoints of format {saved.get('format', 1)}, this version reads {FORMAT}: go on"
+            " with the version that began the run, or choose another folder"
+        )
 
 
 def use_compilation_cache() -> None:
@@ -138,13 +162,14 @@ def main(argv: list[str]) -> int:
     arguments = command.Arguments("train", __doc__)
     arguments.add_argument("--config", required=True, help="FILE.py[:arg]")
     arguments.add_argument("--workdir", type=command.folder, required=True, help="folder of the run")
+    arguments.add_argument("--profile", type=int, default=0, help="trace so many steps into WORKDIR/profile")
     options = arguments.with_overrides(argv)
     config, module = planning.read(options.config, options.overrides)
     result = options.workdir / "result.json"
     finished = result.exists()
     print(planning.headline(options.config, module, [config], options.workdir), flush=True)
     try:
-        row = run(config, options.workdir)
+        row = run(config, options.workdir, profile=options.profile)
     except train.Diverged as error:
         return command.fail(error, 1)
     found = {name: value for name, value in row.items() if name.startswith(("valid_", "test_"))}

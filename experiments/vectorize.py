@@ -18,9 +18,18 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from experiments import launch, rows
-from experiments.build import COUNTS, INTERVALS, abstract_model, build_model, build_optimizer, build_task, resolve
+from experiments.build import (
+    COUNTS,
+    INTERVALS,
+    STEP,
+    abstract_model,
+    build_model,
+    build_optimizer,
+    build_task,
+    resolve,
+)
 from experiments.planning import Run, Sweep
-from experiments.train import check_workdir, use_compilation_cache
+from experiments.train import check_workdir, recorded_dtypes, use_compilation_cache
 from experiments.train import run as run_alone
 from xlstm_jax import metrics, optim, vectorize
 from xlstm_jax.data import tokenizers
@@ -43,11 +52,12 @@ def program(config: ConfigDict, together: bool = True) -> str:
 
 
 def groups(sweep: Sweep, runs: list[Run], most: int = TOGETHER) -> list[list[Run]]:
-    """The runs by program, in the sweep's order, at most `most` in each; one that has a mesh of its own is alone."""
+    """The runs by program, in the sweep order, at most `most` in each; one with its own mesh or step is alone."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         config = sweep.config(run)
-        found.setdefault(run.id if config.get("mesh") else program(config), []).append(run)
+        alone = config.get("mesh") or any(config.get(name, plain) != plain for name, plain in STEP.items())
+        found.setdefault(run.id if alone else program(config), []).append(run)
     return [group[start : start + most] for group in found.values() for start in range(0, len(group), most)]
 
 
@@ -109,7 +119,7 @@ def together(configs: list[ConfigDict], folders: list[Path], progress: bool = Tr
     found = [check_workdir(folder, plain, data_hash) for folder, plain in zip(folders, plains)]
     use_compilation_cache()
     environment = metrics.environment()
-    environment["precision"]["dtype"] = str(first["model"].get("dtype") or "float32")
+    environment["precision"] |= recorded_dtypes(first)
     initial = jax.jit(lambda seed: nnx.split(build_model(first, task, seed))[1])
     members, places = [], [index for index, row in enumerate(found) if row is None]
     for index in places:
@@ -120,7 +130,7 @@ def together(configs: list[ConfigDict], folders: list[Path], progress: bool = Tr
         settings = optim.settings(**plain["optimizer"], steps=plain["steps"])
         members.append(vectorize.Member(initial(plain["seed"]), plain["seed"], settings, folder, record))
     if members:
-        names = [name for name in (*COUNTS, *INTERVALS) if name != "seed"]
+        names = [name for name in (*COUNTS, *INTERVALS) if name not in ("seed", "max_bad_steps")]
         shared = {name: first[name] for name in names} | {"progress": progress, "label": f"{len(members)} runs"}
         for index, result in zip(places, vectorize.fit(members, graphdef, task, **shared)):
             found[index] = result

@@ -10,6 +10,7 @@ import pytest
 
 from tests.stand_in import Recall, model
 from xlstm_jax import metrics, optim, train
+from xlstm_jax.run import Run
 
 
 def start(workdir, root):
@@ -50,16 +51,16 @@ def fit(workdir, steps=30):
 def test_stopped_at_a_checkpoint(tmp_path, stop, monkeypatch):
     """What was written after the checkpoint is written again, once; a line cut short does no harm."""
     fit(tmp_path / "whole")
-    save = train._Run.save
+    save = Run.save
 
     def save_and_stop(run, step, state):
         save(run, step, state)
         if step == stop:
-            run.checkpoints.latest()
+            run.checkpoints.wait()
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Run, "save", save_and_stop)
+        patch.setattr(Run, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "stopped")
     with open(tmp_path / "stopped/metrics.jsonl", "a") as file:

@@ -54,7 +54,9 @@ def test_learns_and_writes_its_record(tmp_path):
     ]  # fmt: skip
     assert rows[0].keys() == {"step", "split", "loss", "accuracy", "grad_norm", "learning_rate"}
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["100", "80"]
-    assert metrics.read(tmp_path / "timing.jsonl")[-1].keys() == {"step", "seconds", "steps_per_second"}
+    assert metrics.read(tmp_path / "timing.jsonl")[0].keys() == {
+        "step", "seconds", "goodput", "spent", "steps_per_second", "tokens_per_second",
+    }  # fmt: skip
     assert evaluate(trained, Recall(), "test", 8)["accuracy"] == result["test_accuracy"]
 
 
@@ -165,7 +167,7 @@ def test_a_bad_step_leaves_the_state_as_it_was():
     state = train.init_state(tiny_model, task, tx, 4, seed=0)
     step = jax.jit(lambda s: train.train_step(s, graphdef=graphdef, task=task, tx=tx, batch_size=4))
     new, row = step(state)
-    assert not row.finite
+    assert not row.good
     same(new, state)
 
 
@@ -212,7 +214,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
 def test_a_damaged_checkpoint_is_one_line_on_stderr(tmp_path, request):
     script.run(config(), tmp_path / "run", progress=False)
     (tmp_path / "run/result.json").unlink()
-    for path in (tmp_path / "run/checkpoints/20/default/d").iterdir():
+    for path in (tmp_path / "run/checkpoints").glob("*/default/d/*"):
         path.write_bytes(path.read_bytes()[:60])
     command = [sys.executable, "-m", "experiments.train", TINY, f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(command, cwd=request.config.rootpath, capture_output=True, text=True, timeout=300)
@@ -228,9 +230,9 @@ def test_an_evaluation_without_batches_is_refused():
 def test_what_weighs_nothing_counts_for_nothing():
     batch, tiny_model = Recall().batch("train", 0, 0, 4), model()
     other = batch._replace(targets=batch.targets.at[:, 0].set(0))
-    loss, (accuracy, _) = train.loss_and_accuracy(tiny_model, batch, None, None)
+    loss, (_, accuracy, _) = train.loss_and_accuracy(tiny_model, batch, None, None)
     assert not np.array_equal(batch.targets, other.targets)
-    assert (loss, accuracy) == (lambda found: (found[0], found[1][0]))(
+    assert (loss, accuracy) == (lambda found: (found[0], found[1][1]))(
         train.loss_and_accuracy(tiny_model, other, None, None)
     )
 
@@ -282,6 +284,14 @@ def no_cache(monkeypatch):
         ({"seed": 2**31}, "config.seed is 2147483648: at most 2147483647"),
         ({"step": 3}, "unknown field 'config.step'; nearest: config.steps"),
         ({"model": 3}, "config.model is 3: a dictionary"),
+        ({"precision": "bfloat15"}, "config: unknown precision 'bfloat15'; nearest: bfloat16"),
+        (
+            {"precision": "bfloat16", "model__dtype": "float32"},
+            "config.precision is 'bfloat16', but config.model.dtype",
+        ),
+        ({"accumulate": 3}, r"config: accumulate is 3: .* \(batch_size is 8\)"),
+        ({"ema": "half"}, r"config.ema is 'half' \(str\): float is needed"),
+        ({"keep_last": 0}, "config.keep_last is 0: at least 1"),
     ],
 )
 def test_a_wrong_config_is_named_before_anything_is_written(tmp_path, changes, message):
@@ -304,6 +314,22 @@ def test_run_row_repeat_and_another_config(tmp_path, no_cache):
     ):
         script.run(config(model__dim=12, seed=1), tmp_path / "run", progress=False)
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_precision_is_recorded_and_another_format_refused(tmp_path, no_cache):
+    run = tmp_path / "run"
+    changed = config(precision="bfloat16", ema=0.9, accumulate=2, on_bad_step="skip", spike=5, keep_every=10)
+    script.run(changed, run, progress=False, profile=2)
+    record = json.loads((run / "config.json").read_text())
+    assert record["precision"].items() >= {"dtype": "bfloat16", "param_dtype": "float32"}.items()
+    assert sorted(int(p.name) for p in (run / "checkpoints").iterdir()) == [10, 15, 20]
+    assert any(path.is_file() for path in (run / "profile").rglob("*"))
+    spent = metrics.read(run / "timing.jsonl")[-1]
+    assert spent["spent"].keys() == {"start_up", "compile", "checkpoint", "evaluation"} and 0 <= spent["goodput"] < 1
+    (run / "result.json").unlink()
+    metrics.write_json(run / "config.json", record | {"format": 1})
+    with pytest.raises(ValueError, match="holds checkpoints of format 1, this version reads 2: go on with"):
+        script.run(changed, run, progress=False)
 
 
 def test_a_folder_that_cannot_be_used(tmp_path):

@@ -9,6 +9,7 @@ from flax import nnx
 
 from tests.stand_in import Recall, model
 from xlstm_jax import metrics, optim, train, vectorize
+from xlstm_jax.run import Run
 
 STEPS = 12
 COUNTS = dict(steps=STEPS, batch_size=4, eval_every=6, save_every=6, log_every=3, steps_per_dispatch=3)
@@ -83,7 +84,7 @@ def test_a_checkpoint_of_a_group_resumes_alone(whole, tmp_path):
 
 def test_a_killed_group_goes_on_each_run_from_its_own_checkpoint(whole, tmp_path, monkeypatch):
     folder, _ = whole
-    save, saved = train._Run.save, []
+    save, saved = Run.save, []
 
     def save_some(run, step, state):
         if len(saved) == 2:  # two of three have their first checkpoint
@@ -92,7 +93,7 @@ def test_a_killed_group_goes_on_each_run_from_its_own_checkpoint(whole, tmp_path
         saved.append(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Run, "save", save_some)
+        patch.setattr(Run, "save", save_some)
         with pytest.raises(KeyboardInterrupt):
             together(tmp_path)
     assert saved == [6, 6] and not (tmp_path / "2/checkpoints/6").exists()

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,22 +15,41 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+FORMAT = 2  # of what a checkpoint means: raised when an older one can no longer be read as the same thing
+MANIFEST = "manifest.json"  # of each step: its files' sizes and hashes, written before the step gets its name
+ORBAX_RECORD = "_CHECKPOINT_METADATA"
+
 
 class Checkpoints:
-    """The last two checkpoints under one folder, one sub-folder a step."""
+    """The last few checkpoints under one folder, and those of every `keep_every` steps, one sub-folder a step.
 
-    def __init__(self, folder: Path):
+    A step counts only if it is intact: every file that its manifest names is there, of its size and hash.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0):
         self._folder = Path(folder).absolute()
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"{self._folder} is a file: checkpoints need a folder of this name")
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+        self.warnings: list[str] = []  # of damaged steps that were passed over
+        self._saving: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last,
+            keep_period=keep_every or None,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
         self._manager = ocp.CheckpointManager(
             self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
 
+    def wait(self) -> None:
+        """Until all that was saved is on disk."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        self._manager.wait_until_finished()
+        """Step of the newest complete checkpoint, intact or not."""
+        self.wait()
         return self._manager.latest_step()
 
     def latest_path(self) -> Path | None:
@@ -36,9 +57,54 @@ class Checkpoints:
         step = self.latest()
         return None if step is None else self._folder / str(step)
 
+    def newest_intact(self) -> int | None:
+        """Step of the newest intact checkpoint; None if there is no checkpoint; ValueError if there is none intact."""
+        self.wait()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damage = []
+        for step in steps:
+            reason = damaged(self._folder / str(step))
+            if reason is None:
+                if damage:
+                    self.warnings.append(f"{'; '.join(damage)}: going on from the intact one of step {step}")
+                return step
+            damage.append(f"checkpoint {self._folder / str(step)} is damaged ({reason})")
+        if steps:
+            raise self._damaged(steps[0], damaged(self._folder / str(steps[0])))
+        return None
+
     def save(self, step: int, tree: PyTree) -> None:
-        """Write in the background; the arrays are copied to the host before this returns."""
-        self._manager.save(step, args=ocp.args.StandardSave(_named(tree)))
+        """Write in the background; the arrays are copied to the host before this returns. Replaces a damaged step."""
+        self.wait()
+        for newer in [each for each in self._manager.all_steps() if each >= step]:
+            self._manager.delete(newer)
+        self._saving = step
+        with self._writing():
+            self._manager.save(step, args=ocp.args.StandardSave(_named(tree)))
+
+    def _seal(self) -> None:
+        """Add the manifest to the step that is being written, when all else of it is on disk."""
+        if jax.process_index() == 0:
+            unnamed = self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+            newest = max(unnamed, key=lambda path: path.stat().st_mtime_ns)
+            files = {name: _size_and_hash(newest / name) for name in _files(newest)}
+            (newest / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}), encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What cannot be written is one line; what was half written is removed, and the checkpoints before it stay."""
+        try:
+            yield
+        except Exception as error:  # orbax has no common error for what it cannot write
+            for half in self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
+            reason = _one_line(getattr(error, "strerror", None) or error)
+            complete = [int(p.name) for p in self._folder.iterdir() if p.name.isdecimal()]
+            left = f"the checkpoint of step {max(complete)} is there to go on from" if complete else "there is none yet"
+            raise OSError(
+                f"checkpoint {self._folder / str(self._saving)} could not be written ({reason}): {left}; make room,"
+                " then repeat the command"
+            ) from error
 
     def restore(self, step: int, like: PyTree) -> PyTree:
         """The checkpoint of `step`, with the structure, dtypes and shardings of `like`."""
@@ -73,9 +139,9 @@ class Checkpoints:
     def _metadata(self, step: int) -> dict[str, Any]:
         """Shape and dtype of every saved array."""
         try:
-            json.loads((self._folder / str(step) / "_CHECKPOINT_METADATA").read_bytes())
+            json.loads((self._folder / str(step) / ORBAX_RECORD).read_bytes())
         except (OSError, ValueError) as error:
-            raise self._damaged(step, f"_CHECKPOINT_METADATA: {error}") from error
+            raise self._damaged(step, f"{ORBAX_RECORD}: {error}") from error
         with self._reading(step):
             saved = dict(self._manager.item_metadata(step) or {})
         if not saved:
@@ -96,22 +162,65 @@ class Checkpoints:
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, reason: object) -> ValueError:
-        reason = " ".join(re.split(r" \[(?:tensorstore_spec|source locations)=", str(reason))[0].split())
         return ValueError(
-            f"checkpoint {self._folder / str(step)} is damaged ({reason}): remove that folder to go on from the one"
-            " before it, or from the start"
+            f"checkpoint {self._folder / str(step)} is damaged ({_one_line(reason)}): remove that folder to go on from"
+            " the one before it, or from the start"
         )
 
     def close(self) -> None:
         """Wait for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+
+def damaged(folder: Path) -> str | None:
+    """What is wrong with the files of a saved step by its manifest; None if nothing is. A ValueError of its format."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        form, files = manifest["format"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST}: {getattr(error, 'strerror', None) or 'it cannot be read'}"
+    if form != FORMAT:
+        raise ValueError(f"checkpoint {folder} is of format {form}, this version reads {FORMAT}: use another folder")
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        size = (folder / name).stat().st_size
+        if expected[0] not in (None, size):
+            return f"{name} has {size} bytes, not {expected[0]}"
+        try:
+            same = _size_and_hash(folder / name) == expected
+        except (ValueError, AttributeError):  # of the record: no JSON object
+            same = False
+        if not same:
+            return f"{name} has other content than was saved"
+    return None
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _size_and_hash(path: Path) -> list[int | str | None]:
+    """What the manifest says of a file; of orbax's own record without the time of commit, which it adds last."""
+    with open(path, "rb") as file:
+        if path.name != ORBAX_RECORD:
+            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+        record = json.load(file)
+        record.pop("commit_timestamp_nsecs", None)
+        return [None, hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()]
+
+
+def _one_line(reason: object) -> str:
+    return " ".join(re.split(r" \[(?:tensorstore_spec|source locations)=", str(reason))[0].split())
 
 
 class _WaitingLoop(asyncio.SelectorEventLoop):

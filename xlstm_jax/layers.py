@@ -170,6 +170,14 @@ ACTIVATIONS = {
 }
 
 
+def logits(xs: Float[Array, "*B D"], kernel: Float[Array, "D V"], dtype=None) -> Float[Array, "*B V"]:
+    """xs kernel, multiplied in `dtype` (if given) but summed and left in float32 or wider: logits are not rounded."""
+    dtype = dtype or jnp.promote_types(xs.dtype, kernel.dtype)
+    return jnp.matmul(
+        xs.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.promote_types(dtype, "float32")
+    )
+
+
 def soft_cap(x: Float[Array, "*B"], cap: float | int | None) -> Float[Array, "*B"]:
     """cap tanh(x / cap), which stays within +-cap; x itself without a cap."""
     return cap * jnp.tanh(x / cap) if cap else x

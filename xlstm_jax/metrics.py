@@ -1,11 +1,13 @@
 """What a run writes: metrics as JSON lines, the record of its environment, and a live progress line."""
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,38 @@ def truncate(path: str | os.PathLike, step: int) -> list[dict]:
     if Path(path).exists():
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
+
+
+class Clock:
+    """Seconds of a run, and what they were spent on: `with clock("evaluation"): ...`; the rest is training."""
+
+    def __init__(self):
+        self._start, self._before, self._spent = time.monotonic(), 0.0, {}
+
+    def resume(self, seconds: float, spent: dict[str, float]) -> None:
+        """Go on from what a run's earlier calls took."""
+        self._before = seconds
+        for name, value in spent.items():
+            self._spent[name] = self._spent.get(name, 0.0) + value
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            if name != "training":
+                self._spent[name] = self._spent.get(name, 0.0) + time.monotonic() - start
+
+    def total(self) -> float:
+        """Seconds so far, earlier calls included."""
+        return self._before + time.monotonic() - self._start
+
+    def row(self) -> dict[str, Any]:
+        """Seconds, seconds by what is not training, and the share that is training (goodput)."""
+        total, lost = self.total(), sum(self._spent.values())
+        spent = {name: round(value, 3) for name, value in self._spent.items()}
+        return {"seconds": round(total, 3), "goodput": round(1 - lost / max(total, lost, 1e-9), 4), "spent": spent}
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:

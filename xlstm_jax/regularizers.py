@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 def check_rates(**rates: float) -> None:
@@ -89,28 +89,40 @@ class Zoneout:
         )
 
 
-def activation_l2(ys: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, ""]:
-    """Mean square of the outputs over the valid steps (AR), to be scaled by alpha."""
-    return mean_square(ys, jnp.ones(ys.shape[:2], bool) if mask is None else mask)
+def activation_l2(
+    ys: Float[Array, "B T D"],
+    mask: Bool[Array, "B T"] | None = None,
+    count: Int[Array, ""] | int | None = None,
+) -> Float[Array, ""]:
+    """Mean square of the outputs over the valid steps (AR), to be scaled by alpha.
+
+    count: what to divide by, if it is not the number of these steps: that of the batch which this is a part of.
+    """
+    return mean_square(ys, jnp.ones(ys.shape[:2], bool) if mask is None else mask, count)
 
 
 def temporal_l2(
     ys: Float[Array, "B T D"],
     mask: Bool[Array, "B T"] | None = None,
     reset: Bool[Array, "B T"] | None = None,
+    count: Int[Array, ""] | int | None = None,
 ) -> Float[Array, ""]:
-    """Mean square of h_t - h_{t-1} (TAR), to be scaled by beta, over valid neighbours of one sequence.
+    """Mean square of h_t - h_{t-1} (TAR), to be scaled by beta, over `neighbours`; count: as for `activation_l2`."""
+    return mean_square(ys[:, 1:] - ys[:, :-1], neighbours(ys.shape[:2], mask, reset), count)
 
-    A step and the next valid one beyond a masked gap are no neighbours.
-    """
-    valid = jnp.ones(ys.shape[:2], bool) if mask is None else mask
+
+def neighbours(
+    shape: tuple[int, int], mask: Bool[Array, "B T"] | None, reset: Bool[Array, "B T"] | None
+) -> Bool[Array, "B S"]:
+    """Whether steps t and t + 1 are valid steps of one sequence: a step and the next valid one beyond a gap are not."""
+    valid = jnp.ones(shape, bool) if mask is None else mask
     pairs = valid[:, 1:] & valid[:, :-1]
-    if reset is not None:
-        pairs = pairs & ~reset[:, 1:]
-    return mean_square(ys[:, 1:] - ys[:, :-1], pairs)
+    return pairs if reset is None else pairs & ~reset[:, 1:]
 
 
-def mean_square(x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Over the valid entries; 0 if there is none."""
+def mean_square(
+    x: Float[Array, "B T D"], valid: Bool[Array, "B T"], count: Int[Array, ""] | int | None = None
+) -> Float[Array, ""]:
+    """Over the valid entries, or their sum over `count`; 0 if there is none."""
     total = jnp.sum(jnp.where(valid[..., None], x, 0) ** 2)
-    return total / (jnp.maximum(valid.sum(), 1) * x.shape[-1])
+    return total / (jnp.maximum(valid.sum() if count is None else count, 1) * x.shape[-1])

@@ -1,9 +1,8 @@
 """Training: one pytree of state, one pure step that draws its own batch, and `fit`, which resumes by itself."""
 
-import functools
 import math
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +12,28 @@ import optax
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from xlstm_jax import metrics, optim, sharding
-from xlstm_jax.checkpoint import Checkpoints
+from xlstm_jax import guard, metrics, optim, sharding
+from xlstm_jax.checkpoint import FORMAT
 from xlstm_jax.evaluate import TaskShell, evaluate_params, split_task, token_scores
 from xlstm_jax.kernels import local
-from xlstm_jax.regularizers import activation_l2, temporal_l2
+from xlstm_jax.names import unknown
+from xlstm_jax.regularizers import activation_l2, neighbours, temporal_l2
+from xlstm_jax.run import Diverged as Diverged
+from xlstm_jax.run import Run
 from xlstm_jax.tasks.task import SPLITS, check
+
+
+class StepOptions(NamedTuple):
+    """What a step does beside a plain update."""
+
+    accumulate: int = 1  # micro-batches that the rows are divided into, to need less memory; one update of their sum
+    z_loss: float = 0.0  # times the mean of log Z^2 (arXiv:2204.02311): in the loss trained, not in the one reported
+    ema: float = 0.0  # decay of the average of the weights, which then is what is evaluated and kept; 0: none
+    on_bad_step: str = "stop"  # or "skip", "rollback" (to the newest checkpoint, with the batches after the bad one)
+    spike: float = 0.0  # a loss above this many times its running mean is a bad step too; 0: only one not finite
+
+
+PLAIN = StepOptions()
 
 
 class TrainState(NamedTuple):
@@ -26,9 +41,11 @@ class TrainState(NamedTuple):
 
     params: PyTree
     opt_state: PyTree
-    step: Int[Array, ""]  # updates done; the next batch is batch number `step`
+    step: Int[Array, ""]  # steps done; the next batch is batch number `step`, unless `guard` moved on
     carry: PyTree  # the model's recurrent state for tasks that carry it (truncated BPTT), else ()
     seed: Int[Array, ""]  # of the batches and of dropout; traced, so all seeds share one program
+    average: PyTree = ()  # of the parameters, where it is kept
+    guard: Any = ()  # `guard.Guard`, where bad steps do not simply end the run
 
 
 class StepMetrics(NamedTuple):
@@ -38,23 +55,45 @@ class StepMetrics(NamedTuple):
     accuracy: Float[Array, "..."]
     grad_norm: Float[Array, "..."]  # before the clip
     learning_rate: Float[Array, "..."] | None
-    finite: Bool[Array, "..."]
+    good: Bool[Array, "..."]
+    bad_steps: Int[Array, "..."] | None  # so far
+    bad_in_a_row: Int[Array, "..."] | None
 
 
-class Diverged(RuntimeError):
-    """Loss or gradient became infinite or NaN; the state still is that before the bad step."""
+def check_options(options: StepOptions, batch_size: int) -> None:
+    """ValueError where one cannot be meant."""
+    if options.accumulate < 1 or batch_size % options.accumulate:
+        raise ValueError(
+            f"accumulate is {options.accumulate}: it must divide the rows of a batch (batch_size is {batch_size})"
+        )
+    if not 0 <= options.z_loss < math.inf:
+        raise ValueError(f"z_loss is {options.z_loss}: it must be finite and 0 or more")
+    if not 0 <= options.ema < 1:
+        raise ValueError(f"ema is {options.ema}: it must lie in [0, 1), 0 for none")
+    if options.on_bad_step not in guard.ON_BAD_STEP:
+        raise ValueError(unknown("on_bad_step", options.on_bad_step, guard.ON_BAD_STEP))
+    if options.spike and not 1 < options.spike < math.inf:
+        raise ValueError(f"spike is {options.spike}: it must be finite and more than 1, or 0 for none")
 
 
 def init_state(
-    model: nnx.Module, task, tx: optax.GradientTransformation, batch_size: int, seed: Int[ArrayLike, ""]
+    model: nnx.Module,
+    task,
+    tx: optax.GradientTransformation,
+    batch_size: int,
+    seed: Int[ArrayLike, ""],
+    options: StepOptions = PLAIN,
 ) -> TrainState:
     """Step 0. Every leaf comes out of one program, so that all live on the devices of the parameters."""
     graphdef, params = nnx.split(model)
     carry = model.initial_state(batch_size) if task.carries_state else ()
 
     def build(params, carry):
-        counters = jnp.zeros((), jnp.int32), jnp.full((), seed, jnp.int32)
-        return sharding.keep(TrainState(params, tx.init(params), counters[0], carry, counters[1]), graphdef)
+        zero, seeds = jnp.zeros((), jnp.int32), jnp.full((), seed, jnp.int32)
+        average = params if options.ema else ()
+        guarded = guard.initial(options.on_bad_step, options.spike)
+        state = TrainState(params, tx.init(params), zero, carry, seeds, average, guarded)
+        return sharding.keep(state, graphdef)
 
     return jax.tree.map(
         jnp.copy, jax.jit(build)(params, carry)
@@ -62,63 +101,152 @@ def init_state(
 
 
 def loss_and_accuracy(
-    model, batch, carry, key, ar: float = 0.0, tar: float = 0.0, scores: Callable = token_scores
-) -> tuple[Float[Array, ""], tuple[Float[Array, ""], PyTree]]:
-    """Weighted means of the loss (cross-entropy in nats) and of correct answers, and the model's state after the batch.
+    model,
+    batch,
+    carry,
+    key,
+    ar: float = 0.0,
+    tar: float = 0.0,
+    scores: Callable = token_scores,
+    z_loss: float = 0.0,
+    whole=None,
+) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""], PyTree]]:
+    """The loss to be trained; then the loss to be reported (nats), the accuracy, and the model's state after the batch.
 
-    `ar` and `tar` add that many times `activation_l2` and `temporal_l2` of what the backbone gives.
+    Loss and accuracy are weighted means. `ar` and `tar` add that many times `activation_l2` and `temporal_l2` of what
+    the backbone gives, and `z_loss`, to the trained loss alone, the mean of log Z^2. `whole`: the batch that this one
+    is a part of; all means are over that, so that its parts add up to it.
     """
+    whole = batch if whole is None else whole
     penalty = 0.0
     if ar or tar:
         ys, carry = model.hidden(batch.inputs, carry, batch.mask, batch.reset, key=key)
         logits = model.answers(ys, batch.mask, key=key)
-        penalty = ar * activation_l2(ys, batch.mask) + tar * temporal_l2(ys, batch.mask, batch.reset)
+        shape = whole.inputs.shape[:2]
+        steps = shape[0] * shape[1] if whole.mask is None else whole.mask.sum()
+        pairs = neighbours(shape, whole.mask, whole.reset).sum()
+        penalty = ar * activation_l2(ys, batch.mask, steps) + tar * temporal_l2(ys, batch.mask, batch.reset, pairs)
     else:
         logits, carry = model(batch.inputs, carry, batch.mask, batch.reset, key=key)
     nll, correct = scores(logits, batch.targets)
-    weights = batch.weights.astype(nll.dtype)
-    total = jnp.sum(weights)
-    weights = weights / jnp.where(total > 0, total, 1)
+    total = jnp.sum(whole.weights.astype(nll.dtype))
+    weights = batch.weights.astype(nll.dtype) / jnp.where(total > 0, total, 1)
     loss = jnp.sum(jnp.where(weights != 0, nll, 0) * weights) + penalty
-    return loss, (jnp.sum(correct * weights), carry)
+    trained = loss
+    if z_loss:
+        log_z = jax.nn.logsumexp(logits.astype(nll.dtype), axis=-1)
+        trained = loss + z_loss * jnp.sum(jnp.where(weights != 0, jnp.square(log_z), 0) * weights)
+    return trained, (loss, jnp.sum(correct * weights), carry)
+
+
+def gradients(params: PyTree, graphdef: nnx.GraphDef, batch, carry, key, parts: int, **terms) -> tuple[PyTree, tuple]:
+    """The gradient, and (loss, accuracy, carry), of a batch; `parts` micro-batches of its rows, one after another.
+
+    Row r goes to micro-batch r mod `parts`, so that rows which are sharded over devices stay where they are. The sum
+    is over parts of the whole batch's mean: it is the undivided batch's gradient, and dropout alone is drawn otherwise.
+    """
+
+    def loss_of(params, part, carry, key):  # the carry is a constant here: this cuts the gradient between batches
+        return loss_and_accuracy(nnx.merge(graphdef, params), part, carry, key, whole=batch, **terms)
+
+    grad = jax.grad(loss_of, has_aux=True)
+    if parts == 1:
+        return grad(params, batch, carry, key)
+    axes = _row_axes(graphdef, params) if carry is not None else None
+    carries = None if carry is None else jax.tree.map(partial(_divide, parts), carry, axes)
+    micro = (jax.tree.map(partial(_divide, parts), batch), carries, jax.random.split(key, parts))
+    first = jax.tree.map(lambda x: x[0], micro)
+    grads, (loss, accuracy, _) = jax.eval_shape(grad, params, *first)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, accuracy))
+
+    def body(sums, now):
+        grads, (loss, accuracy, carry) = grad(params, *now)
+        return jax.tree.map(jnp.add, sums, (grads, loss, accuracy)), None if carries is None else carry
+
+    (grads, loss, accuracy), carries = jax.lax.scan(body, empty, micro)
+    return grads, (loss, accuracy, None if carries is None else jax.tree.map(_unite, carries, axes))
+
+
+def _row_axes(graphdef: nnx.GraphDef, params: PyTree) -> PyTree:
+    """The axis of the rows of each array of the model's state (layers that are stacked have theirs before it)."""
+    one, two = (jax.eval_shape(lambda p, n=n: nnx.merge(graphdef, p).initial_state(n), params) for n in (1, 2))
+    return jax.tree.map(lambda a, b: next(n for n, size in enumerate(a.shape) if size != b.shape[n]), one, two)
+
+
+def _divide(parts: int, x: Array, axis: int = 0) -> Array:
+    """Every `parts`-th of the B rows on an axis, as (parts, ..., B / parts, ...)."""
+    rows = x.shape[axis]
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], rows // parts, parts, *x.shape[axis + 1 :]), axis + 1, 0)
+
+
+def _unite(x: Array, axis: int = 0) -> Array:
+    """What `_divide` divided."""
+    x = jnp.moveaxis(x, 0, axis + 1)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def train_step(
-    state: TrainState, *, graphdef: nnx.GraphDef, task, tx: optax.GradientTransformation, batch_size: int
+    state: TrainState,
+    *,
+    graphdef: nnx.GraphDef,
+    task,
+    tx: optax.GradientTransformation,
+    batch_size: int,
+    options: StepOptions = PLAIN,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update on batch number `state.step`; if loss or gradient is not finite, the state is returned as it came."""
-    batch = jax.tree.map(local.activations, task.batch("train", state.seed, state.step, batch_size))
-    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-
-    def loss_of(params):  # the carry is a constant here: this cuts the gradient between batches
-        carry = state.carry if task.carries_state else None
-        penalties = {name: getattr(task, name, 0.0) for name in ("ar", "tar")}
-        scores = getattr(task, "scores", token_scores)
-        return loss_and_accuracy(nnx.merge(graphdef, params), batch, carry, key, scores=scores, **penalties)
-
-    (loss, (accuracy, carry)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    """One update; after a bad step the state is as it came, but that a skipped one counts as done."""
+    number = guard.batch_number(state.guard, state.step)
+    batch = jax.tree.map(local.activations, task.batch("train", state.seed, number, batch_size))
+    key = jax.random.fold_in(jax.random.key(state.seed), number)
+    carry = state.carry if task.carries_state else None
+    terms = {name: getattr(task, name, 0.0) for name in ("ar", "tar")} | {"z_loss": options.z_loss}
+    terms["scores"] = getattr(task, "scores", token_scores)
+    grads, (loss, accuracy, carry) = gradients(state.params, graphdef, batch, carry, key, options.accumulate, **terms)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
-    new = TrainState(
-        optax.apply_updates(state.params, updates),
-        opt_state,
-        state.step + 1,
-        carry if task.carries_state else (),
-        state.seed,
+    good, guard_if_good, guard_if_bad = guard.judge(state.guard, loss, finite, options.spike)
+    params = optax.apply_updates(state.params, updates)
+    new = state._replace(
+        params=params,
+        opt_state=opt_state,
+        step=state.step + 1,
+        carry=carry if task.carries_state else (),
+        average=averaged(state.average, params, state.step, options.ema),
+        guard=guard_if_good,
     )
-    row = StepMetrics(loss, accuracy, grad_norm, optim.learning_rate(opt_state), finite)
-    return sharding.keep(jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state), graphdef), row
+    kept = state._replace(step=new.step, guard=guard_if_bad) if options.on_bad_step == "skip" else state
+    new = sharding.keep(jax.tree.map(lambda new, old: jnp.where(good, new, old), new, kept), graphdef)
+    counted = (new.guard.bad, new.guard.in_a_row) if new.guard else (None, None)
+    return new, StepMetrics(loss, accuracy, grad_norm, optim.learning_rate(opt_state), good, *counted)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "shell", "tx", "batch_size", "length"), donate_argnames="state"
+def averaged(average: PyTree, params: PyTree, step: Int[Array, ""], decay: float) -> PyTree:
+    """The running mean of the parameters; its decay grows to `decay`, so that the first ones are soon forgotten."""
+    if not decay:
+        return ()
+    weight = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda a, p: a + weight.astype(a.dtype) * (p - a), average, params)
+
+
+@partial(
+    jax.jit, static_argnames=("graphdef", "shell", "tx", "batch_size", "options", "length"), donate_argnames="state"
 )
 def _dispatch(
-    state: TrainState, arrays: list[Array], count: Int[Array, ""], *, graphdef, shell: TaskShell, tx, batch_size, length
+    state: TrainState,
+    arrays: list[Array],
+    count: Int[Array, ""],
+    *,
+    graphdef,
+    shell: TaskShell,
+    tx,
+    batch_size,
+    options,
+    length,
 ) -> tuple[TrainState, StepMetrics]:
     """`count` <= `length` steps in one program, their metrics stacked. A bad step repeats, the state standing still."""
-    step = functools.partial(train_step, graphdef=graphdef, task=shell.join(arrays), tx=tx, batch_size=batch_size)
+    task = shell.join(arrays)
+    step = partial(train_step, graphdef=graphdef, task=task, tx=tx, batch_size=batch_size, options=options)
     row = jax.eval_shape(step, state)[1]
     history = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), row)
 
@@ -130,7 +258,7 @@ def _dispatch(
     return jax.lax.fori_loop(0, count, body, (state, history))
 
 
-@functools.partial(jax.jit, static_argnames=("shell", "split", "batch_size"))
+@partial(jax.jit, static_argnames=("shell", "split", "batch_size"))
 def _draw(arrays, seed, step, *, shell, split, batch_size):
     return shell.join(arrays).batch(split, seed, step, batch_size)
 
@@ -159,22 +287,32 @@ def fit(
     eval_batch_size: int | None = None,
     workdir: str | Path | None = None,
     steps_per_dispatch: int = 10,
+    options: StepOptions = PLAIN,
+    max_bad_steps: int = 10,
+    keep_last: int = 2,
+    keep_every: int = 0,
+    profile: int = 0,
     progress: bool = True,
     label: str = "train",
     record: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train, resuming from the newest checkpoint in `workdir`; leaves the final parameters in `model`.
+    """Train, resuming from the newest intact checkpoint in `workdir`; leaves the final parameters in `model`.
 
     Writes config.json (`record` and the number of parameters), checkpoints/, metrics.jsonl (no clock in it: a resumed
     run repeats it to the last digit), timing.jsonl and result.json, which is what is returned: `record`, steps, seed,
     parameters, seconds, valid_* and test_* metrics. The first batch of every split is checked before anything else.
     `eval_every`, `save_every` = 0: only at the end. A train line is the mean since the line or checkpoint before it.
+    `options`: what a step does beside a plain update. `max_bad_steps`: so many bad steps in a row, or rollbacks to one
+    checkpoint, that one more ends the run. `keep_last` checkpoints are kept, and those of every `keep_every` steps (0:
+    no others). `profile`: trace so many steps, once all is compiled, into `workdir`/profile.
     """
     counts = {
         "steps": steps,
         "batch_size": batch_size,
         "log_every": log_every,
         "steps_per_dispatch": steps_per_dispatch,
+        "max_bad_steps": max_bad_steps,
+        "keep_last": keep_last,
     }
     eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
     for name, value in (counts | {"eval_batch_size": eval_batch_size}).items():
@@ -183,48 +321,72 @@ def fit(
     for name, value in {"eval_every": eval_every, "save_every": save_every}.items():
         if value < 0:
             raise ValueError(f"{name} is {value}: it must be positive, or 0 for the end only")
-    for split in SPLITS:
-        check_data(task, split, *((batch_size, seed) if split == "train" else (eval_batch_size, 0)))
-    workdir = None if workdir is None else Path(workdir)
-    graphdef, params = nnx.split(model)
-    parameters = sum(x.size for x in jax.tree.leaves(params))
-    if record and workdir is not None and not (workdir / "config.json").exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        metrics.write_json(workdir / "config.json", record | {"parameters": parameters})
-    arrays, shell = split_task(task)
-    state = init_state(model, task, tx, batch_size, seed)
-    dispatch = functools.partial(
-        _dispatch, graphdef=graphdef, shell=shell, tx=tx, batch_size=batch_size, length=steps_per_dispatch
+    for name, value in {"keep_every": keep_every, "profile": profile}.items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}: it must be positive, or 0 for none")
+    if profile and workdir is None:
+        raise ValueError(f"profile is {profile}: the trace needs a workdir to be written into")
+    check_options(options, batch_size)
+    clock = metrics.Clock()
+    with clock("start_up"):
+        for split in SPLITS:
+            check_data(task, split, *((batch_size, seed) if split == "train" else (eval_batch_size, 0)))
+        workdir = None if workdir is None else Path(workdir)
+        graphdef, params = nnx.split(model)
+        parameters = sum(x.size for x in jax.tree.leaves(params))
+        if record and workdir is not None and not (workdir / "config.json").exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            metrics.write_json(workdir / "config.json", record | {"parameters": parameters, "format": FORMAT})
+        arrays, shell = split_task(task)
+        start = partial(init_state, model, task, tx, batch_size, seed, options)
+        dispatch = partial(
+            _dispatch,
+            graphdef=graphdef,
+            shell=shell,
+            tx=tx,
+            batch_size=batch_size,
+            options=options,
+            length=steps_per_dispatch,
+        )
+        batch = jax.eval_shape(partial(task.batch, "train", seed, 0, batch_size))
+        rollback = options.on_bad_step == "rollback"
+        recheck = partial(check_data, task, "train", batch_size, seed)
+        state = start()
+    run = Run(
+        *(workdir, state, steps, log_every, label, progress, recheck),
+        start=start if rollback else None,
+        tokens=math.prod(batch.inputs.shape[:2]),
+        max_bad_steps=max_bad_steps,
+        keep=(keep_last, keep_every),
+        profile=profile,
+        clock=clock,
     )
-    recheck = functools.partial(check_data, task, "train", batch_size, seed)
-    with _Run(workdir, state, steps, log_every, label, progress, recheck) as run:
-        state, at = run.state, run.step
+    del state
+    every = tuple(each for each in (save_every, eval_every) if each)
+    with run:
         while True:
-            final = at == steps
+            at, final = run.step, run.step == steps
             if final or (eval_every and at and at % eval_every == 0):
-                run.read_pending(state)
-                results = {
-                    split: evaluate_params(graphdef, state.params, task, split, eval_batch_size)
-                    for split in (("valid", "test") if final else ("valid",))
-                }
-                for split, found in results.items():
-                    if not all(math.isfinite(v) for v in found.values() if isinstance(v, float)):  # is it the data?
-                        for step in range(task.num_batches(split, eval_batch_size)):
-                            check_data(task, split, eval_batch_size, 0, step)
+                with clock("evaluation"):
+                    weights = run.state.average if options.ema else run.state.params
+                    results = {
+                        split: evaluate_params(graphdef, weights, task, split, eval_batch_size)
+                        for split in (("valid", "test") if final else ("valid",))
+                    }
+                    for split, found in results.items():
+                        if not all(math.isfinite(v) for v in found.values() if isinstance(v, float)):  # is it the data?
+                            for step in range(task.num_batches(split, eval_batch_size)):
+                                check_data(task, split, eval_batch_size, 0, step)
                 run.write_evaluation(at, results)
             if final:
                 break
-            end = min(
-                steps, *(at - at % every + every for every in (steps_per_dispatch, save_every, eval_every) if every)
-            )
-            state, history = dispatch(state, arrays, jnp.int32(end - at))
-            run.read_pending(state)  # of the dispatch before: this one runs meanwhile
-            run.pending = (at, end, history)
-            at = end
-            if at == steps or (save_every and at % save_every == 0):
-                run.read_pending(state)
-                run.save(at, state)
-        nnx.update(model, state.params)
+            end = min(steps, *(at - at % each + each for each in (steps_per_dispatch, *every)))
+            run.advance(end, lambda state: dispatch(state, arrays, jnp.int32(end - at)))  # noqa: B023 (called at once)
+            if end == steps or any(end % each == 0 for each in every):
+                run.read_pending()  # after a rollback `run.step` is no longer `end`
+                if run.step == end and (end == steps or (save_every and end % save_every == 0)):
+                    run.save(end, run.state)
+        nnx.update(model, weights)
         result = (
             (record or {})
             | {
@@ -236,121 +398,6 @@ def fit(
             | {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
         )
         if workdir is not None:
-            run.checkpoints.latest()  # a result stands only beside a complete checkpoint
+            run.checkpoints.wait()  # a result stands only beside a complete checkpoint
             metrics.write_json(workdir / "result.json", result)
     return result
-
-
-class _Run:
-    """The files and the progress line of one call of `fit`, and what it resumed from."""
-
-    def __init__(
-        self,
-        workdir: Path | None,
-        state: TrainState,
-        steps: int,
-        log_every: int,
-        label: str,
-        progress: bool,
-        recheck: Callable[..., None],
-    ):
-        self.state, self.step, self.pending, self._recheck = state, 0, None, recheck
-        self._steps, self._log_every, self._window = steps, log_every, []
-        self._before, self._start = 0.0, time.monotonic()
-        self.checkpoints = self._lines = self._timing = None
-        if workdir is not None:
-            workdir.mkdir(parents=True, exist_ok=True)
-            self.checkpoints = Checkpoints(workdir / "checkpoints")
-            try:
-                self._resume(workdir)
-                metrics.truncate(workdir / "metrics.jsonl", self.step)
-                spent = metrics.truncate(workdir / "timing.jsonl", self.step)
-                if spent and not isinstance(spent[-1].get("seconds"), int | float):
-                    raise ValueError(f"{workdir / 'timing.jsonl'} names no seconds at step {spent[-1]['step']}")
-                self._before = spent[-1]["seconds"] if spent else 0.0
-            except BaseException:
-                self.checkpoints.close()
-                raise
-            self._lines = metrics.Lines(workdir / "metrics.jsonl")
-            self._timing = metrics.Lines(workdir / "timing.jsonl")
-        self._progress = metrics.Progress(steps, self.step, label, enabled=progress)
-        if self.step:
-            self._progress.note(f"resumed at step {self.step}")
-
-    def _resume(self, workdir: Path) -> None:
-        saved = self.checkpoints.latest()
-        if saved is None:
-            return
-        if saved > self._steps:
-            raise ValueError(
-                f"{workdir} holds a checkpoint of step {saved}, but steps is {self._steps}: use another folder"
-            )
-        restored = self.checkpoints.restore(saved, self.state)
-        if int(restored.seed) != int(self.state.seed):
-            raise ValueError(
-                f"{workdir} holds a run with seed {int(restored.seed)}, not {int(self.state.seed)}: use another folder"
-            )
-        self.state, self.step = restored, saved
-
-    def seconds(self) -> float:
-        """Wall-clock of the run so far, earlier calls included."""
-        return self._before + time.monotonic() - self._start
-
-    def read_pending(self, state: TrainState) -> None:
-        """Wait for the pending dispatch; write its metrics; raise `Diverged` where it went wrong."""
-        if self.pending is None:
-            return
-        start, end, history = self.pending
-        self.pending = None
-        history = {
-            name: values.tolist() for name, values in jax.device_get(history)._asdict().items() if values is not None
-        }
-        for index, step in enumerate(range(start + 1, end + 1)):
-            row = {name: values[index] for name, values in history.items()}
-            if not row.pop("finite"):
-                self._recheck(step=step - 1)
-                raise Diverged(self._diverged(step, row, state))
-            self._window.append(row)
-            if step % self._log_every == 0 or step == self._steps:
-                self._write_window(step)
-        speed = self._progress.update(end, history["loss"][end - start - 1])
-        if self._timing and (end // self._log_every > start // self._log_every or end == self._steps):
-            self._timing.write(step=end, seconds=round(self.seconds(), 3), steps_per_second=round(speed, 3))
-
-    def _write_window(self, step: int) -> None:
-        if self._lines:
-            means = {name: math.fsum(r[name] for r in self._window) / len(self._window) for name in self._window[0]}
-            if "learning_rate" in means:
-                means["learning_rate"] = self._window[-1]["learning_rate"]
-            self._lines.write(step=step, split="train", **means)
-        self._window = []
-
-    def _diverged(self, step: int, row: dict[str, float], state: TrainState) -> str:
-        last = self.checkpoints and self.checkpoints.latest_path()
-        return (
-            f"diverged at step {step}: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}, parameter norm"
-            f" {float(optax.tree.norm(state.params)):.4g} before it; last good checkpoint: {last or 'none'};"
-            " a lower learning_rate, a longer warm-up or a smaller clip may help"
-        )
-
-    def save(self, step: int, state: TrainState) -> None:
-        """A checkpoint; the next train line begins here, so that a resumed run writes the same one."""
-        self._window = []
-        if self.checkpoints:
-            self.checkpoints.save(step, state)
-
-    def write_evaluation(self, step: int, results: dict[str, dict[str, Any]]) -> None:
-        for split, found in results.items():
-            if self._lines:
-                self._lines.write(step=step, split=split, **found)
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
-            self._progress.note(f"step {step}, {split}: {shown}")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._progress.close()
-        for opened in (self._lines, self._timing, self.checkpoints):
-            if opened:
-                opened.close()

@@ -21,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from xlstm_jax import evaluate, metrics, optim, train
+from xlstm_jax.checkpoint import FORMAT
+from xlstm_jax.run import Run
 from xlstm_jax.tasks.task import SPLITS
 
 STATIC = ("graphdef", "shell", "settings", "batch_size", "mesh")
@@ -63,6 +65,8 @@ def fit(
     log_every: int = 100,
     eval_batch_size: int | None = None,
     steps_per_dispatch: int = 10,
+    keep_last: int = 2,
+    keep_every: int = 0,
     progress: bool = True,
     label: str = "group",
 ) -> list[dict[str, Any] | train.Diverged]:
@@ -79,7 +83,9 @@ def fit(
     for member in members:
         member.workdir.mkdir(parents=True, exist_ok=True)
         if not (member.workdir / "config.json").exists():
-            metrics.write_json(member.workdir / "config.json", member.record | {"parameters": parameters})
+            metrics.write_json(
+                member.workdir / "config.json", member.record | {"parameters": parameters, "format": FORMAT}
+            )
     settings, values = split_numbers([member.settings for member in members])
     arrays, shell = evaluate.split_task(task)
     mesh = Mesh(np.array(jax.devices()[: len(members)]), ("runs",))
@@ -94,7 +100,7 @@ def fit(
         for index, member in enumerate(members):
             state = jax.tree.map(jnp.asarray, _take(first, index))
             check = functools.partial(train.check_data, task, "train", batch_size, member.seed)
-            opened = train._Run(member.workdir, state, steps, log_every, label, False, check)
+            opened = Run(member.workdir, state, steps, log_every, label, False, check, keep=(keep_last, keep_every))
             runs.append(stack.enter_context(opened))
         group = _Group(runs, [member.workdir.name for member in members], steps, label, progress)
         stack.callback(group.progress.close)
@@ -157,7 +163,7 @@ class _Group:
         for index in (i for i in took_part if i not in self.failed):
             run, mine = self.runs[index], jax.tree.map(operator.itemgetter((slice(None), index)), history)
             run.pending = (start, end, mine)
-            good = mine.finite[: end - start].all()
+            good = mine.good[: end - start].all()
             try:
                 run.read_pending(state if good else _take(jax.device_get(state), index))
             except train.Diverged as error:

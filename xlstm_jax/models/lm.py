@@ -3,7 +3,7 @@
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float
 
-from ..layers import soft_cap
+from ..layers import logits, soft_cap
 from ..sharding import gathered
 from .sequence import Tagger
 
@@ -28,5 +28,7 @@ class LM(Tagger):
 
     def logits(self, xs: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """By the head, or by the embedding where tied."""
-        ys = gathered(self.embedding).attend(xs) if self.tie_weights else gathered(self.head)(xs)
-        return soft_cap(ys, self.logit_cap)
+        if not self.tie_weights:
+            return soft_cap(super().logits(xs), self.logit_cap)
+        embedding = gathered(self.embedding)
+        return soft_cap(logits(xs, embedding.embedding[...].T, embedding.dtype), self.logit_cap)

@@ -12,7 +12,7 @@ from ..cells.arguments import check_array, check_flags, check_tokens
 from ..cells.base import Cell, masked
 from ..initializers import Initializer, small_init
 from ..kernels import local
-from ..layers import Norm
+from ..layers import Norm, logits
 from ..names import unknown
 from ..regularizers import check_rates, dropout, split
 from ..sharding import gathered
@@ -125,8 +125,10 @@ class Tagger(Cell):
         return self.answers(ys, mask, key=key), state
 
     def logits(self, xs: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
-        """The head."""
-        return gathered(self.head)(xs)
+        """The head, float32 or wider."""
+        head = gathered(self.head)
+        ys = logits(xs, head.kernel[...], head.dtype)
+        return ys if head.bias is None else ys + head.bias[...].astype(ys.dtype).reshape(*(1,) * (ys.ndim - 1), -1)
 
 
 class FeatureTagger(Tagger):

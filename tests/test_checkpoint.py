@@ -1,0 +1,101 @@
+"""Checkpoints on a disk that fails: damage is found and passed over, a full disk costs only what was being written."""
+
+import errno
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xlstm_jax.checkpoint import FORMAT, MANIFEST, Checkpoints, damaged
+
+
+def tree(value):
+    return {"w": jnp.full((3, 4), float(value)), "n": jnp.int32(value)}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Steps 1 and 2 of a run, and a state that fits them."""
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, tree(step))
+    return tmp_path / "run"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "removed"]
+)
+def test_damage_to_any_file_is_found_and_the_step_before_is_used(saved, damage):
+    assert damaged(saved / "2") is None
+    whole = saved.parent / "whole"
+    shutil.copytree(saved / "2", whole)
+    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size]
+    assert len(files) > 5
+    for file in files:
+        damage(saved / "2" / file)
+        assert file.name in damaged(saved / "2")
+        shutil.rmtree(saved / "2")
+        shutil.copytree(whole, saved / "2")
+    damage(saved / "2" / files[0])
+    with Checkpoints(saved) as checkpoints:
+        assert checkpoints.newest_intact() == 1
+        (warning,) = checkpoints.warnings
+        assert f"{saved / '2'} is damaged" in warning and warning.endswith("going on from the intact one of step 1")
+        assert checkpoints.restore(1, tree(0))["n"] == 1
+        checkpoints.save(2, tree(7))  # the damaged one is replaced
+        assert checkpoints.newest_intact() == 2 and checkpoints.restore(2, tree(0))["n"] == 7
+
+
+def test_without_an_intact_step_nothing_is_used(saved):
+    for step in "12":
+        (saved / step / MANIFEST).unlink()
+    with Checkpoints(saved) as checkpoints, pytest.raises(ValueError, match="/2 is damaged .*: remove that folder"):
+        checkpoints.newest_intact()
+
+
+def test_the_last_few_are_kept_and_some_for_ever(tmp_path):
+    with Checkpoints(tmp_path / "run", keep_last=2, keep_every=4) as checkpoints:
+        assert checkpoints.newest_intact() is None
+        for step in range(1, 8):
+            checkpoints.save(step, tree(step))
+    assert sorted(int(p.name) for p in (tmp_path / "run").iterdir()) == [4, 6, 7]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(saved, monkeypatch):
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = Checkpoints(saved)
+    monkeypatch.setattr(checkpoints, "_seal", full)
+    checkpoints._manager._checkpointer._post_finalization_callback = lambda: full(checkpoints)
+    with pytest.raises(OSError, match=r"/3 could not be written \(No space left on device\): the checkpoint of step 2"):
+        checkpoints.save(3, tree(3))
+        checkpoints.wait()
+    checkpoints.close()
+    assert sorted(path.name for path in saved.iterdir()) == ["1", "2"]
+    with Checkpoints(saved) as checkpoints:
+        assert checkpoints.newest_intact() == 2
+        np.testing.assert_array_equal(checkpoints.restore(2, jax.tree.map(jnp.zeros_like, tree(0)))["w"], 2)
+
+
+def test_another_format_is_refused(saved):
+    manifest = json.loads((saved / "2" / MANIFEST).read_text())
+    (saved / "2" / MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
+    with (
+        Checkpoints(saved) as checkpoints,
+        pytest.raises(ValueError, match=f"is of format 1, this version reads {FORMAT}"),
+    ):
+        checkpoints.newest_intact()

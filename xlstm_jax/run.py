@@ -1,0 +1,245 @@
+"""The bookkeeping of one run: its files, its progress line, what it resumed from, and the way back after a bad step."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from xlstm_jax import metrics
+from xlstm_jax.checkpoint import Checkpoints
+
+
+class Diverged(RuntimeError):
+    """Loss or gradient became infinite or NaN, or too many bad steps came; the state still is that before the last."""
+
+
+class Run:
+    """State and step of a run, and all that it writes; one dispatch is `pending`, computed while the host goes on."""
+
+    def __init__(
+        self,
+        workdir: Path | None,
+        state: PyTree,
+        steps: int,
+        log_every: int,
+        label: str,
+        progress: bool,
+        recheck: Callable[..., None],
+        *,
+        start: Callable[[], PyTree] | None = None,
+        tokens: int | None = None,
+        max_bad_steps: int = 10,
+        keep: tuple[int, int] = (2, 0),
+        profile: int = 0,
+        clock: metrics.Clock | None = None,
+    ):
+        """recheck(step=): ValueError where that batch is wrong; tokens: of a step.
+
+        start: makes the state of step 0 anew, where bad steps are rolled back from; keep: see `Checkpoints`.
+        """
+        self.state, self.step, self.pending = state, 0, None
+        self._like = jax.tree.map(_abstract, state)
+        self._workdir, self._start, self._steps, self._log_every = workdir, start, steps, log_every
+        self._tokens, self._max_bad_steps, self._recheck = tokens, max_bad_steps, recheck
+        self._clock = metrics.Clock() if clock is None else clock
+        self._window, self._rollbacks, self._compiled = [], 0, False
+        self._profile, self._tracing = profile, None
+        self.checkpoints = self._lines = self._timing = None
+        if workdir is not None:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self.checkpoints = Checkpoints(workdir / "checkpoints", *keep)
+            try:
+                with self._clock("start_up"):
+                    self._restore()
+                self._open_lines()
+            except BaseException:
+                self.checkpoints.close()
+                raise
+        self._progress = metrics.Progress(steps, self.step, label, enabled=progress)
+        if self.step:
+            self._progress.note(f"resumed at step {self.step}")
+        for warning in self.checkpoints.warnings if self.checkpoints else ():
+            self._progress.note(warning)
+
+    def _restore(self) -> None:
+        """State and step of the newest intact checkpoint, or of step 0."""
+        saved = self.checkpoints.newest_intact()
+        if saved is None:
+            self.state, self.step = self.state if self.step == 0 else self._start(), 0
+            return
+        if saved > self._steps:
+            raise ValueError(
+                f"{self._workdir} holds a checkpoint of step {saved}, but steps is {self._steps}: use another folder"
+            )
+        restored = self.checkpoints.restore(saved, self._like)
+        seed, wanted = int(restored.seed), int(self.state.seed)
+        if seed != wanted:
+            raise ValueError(f"{self._workdir} holds a run with seed {seed}, not {wanted}: use another folder")
+        self.state, self.step = restored, saved
+
+    def _open_lines(self) -> None:
+        """metrics.jsonl and timing.jsonl as they were when this step was saved, ready for what follows."""
+        metrics.truncate(self._workdir / "metrics.jsonl", self.step)
+        spent = metrics.truncate(self._workdir / "timing.jsonl", self.step)
+        if self._timing is None and spent:
+            if not isinstance(spent[-1].get("seconds"), int | float) or not isinstance(spent[-1].get("spent"), dict):
+                raise ValueError(
+                    f"{self._workdir / 'timing.jsonl'} names no seconds, or not what they were spent on, at step"
+                    f" {spent[-1]['step']}: restore or delete the file"
+                )
+            self._clock.resume(spent[-1]["seconds"], spent[-1]["spent"])
+        self._lines = metrics.Lines(self._workdir / "metrics.jsonl")
+        self._timing = metrics.Lines(self._workdir / "timing.jsonl")
+
+    def advance(self, end: int, dispatch: Callable[[PyTree], tuple[PyTree, Any]]) -> None:
+        """Start the steps up to `end`, and read those before them meanwhile."""
+        self._trace(end)
+        with self._clock("training" if self._compiled else "compile"):
+            state, history = dispatch(self.state)
+        self._compiled = True
+        begin, self.state = self.step, state
+        if self.read_pending():  # else they began at a bad step, and the rollback threw them away
+            self.pending, self.step = (begin, end, history), end
+
+    def read_pending(self, state: PyTree = None) -> bool:
+        """Wait for the pending dispatch and write its metrics; False after a rollback; `Diverged` where all ends.
+
+        state: what that dispatch left, if it is not the run's.
+        """
+        state = self.state if state is None else state
+        if self.pending is None:
+            return True
+        start, end, history = self.pending
+        self.pending = None
+        history = {
+            name: values.tolist() for name, values in jax.device_get(history)._asdict().items() if values is not None
+        }
+        for index, step in enumerate(range(start + 1, end + 1)):
+            row = {name: values[index] for name, values in history.items()}
+            in_a_row = row.pop("bad_in_a_row", 0)
+            if row.pop("good"):
+                self._window.append(row)
+            elif self._start is not None:
+                self._roll_back(step, row)
+                return False
+            elif not 0 < in_a_row <= self._max_bad_steps:
+                self._recheck(step=step - 1)
+                why = f" ({in_a_row} bad steps in a row)" if in_a_row else ""
+                raise Diverged(self._diverged(step, row, state, why))
+            else:
+                self._progress.note(f"step {step} was bad and is skipped: {_words(row)}")
+            if step % self._log_every == 0 or step == self._steps:
+                self._write_window(step)
+        speed = self._progress.update(end, history["loss"][end - start - 1])
+        if self._timing and (end // self._log_every > start // self._log_every or end == self._steps):
+            self._timing.write(step=end, **self._clock.row(), **_speeds(speed, self._tokens))
+        return True
+
+    def _roll_back(self, step: int, row: dict[str, float]) -> None:
+        """To the newest checkpoint, the batches after the bad one next; what was written since then is written anew."""
+        bad, moved_on, state = *(int(x) for x in (self.state.guard.bad, self.state.guard.moved_on)), self.state
+        self._rollbacks += 1
+        if self._rollbacks > self._max_bad_steps:
+            self._recheck(step=step - 1 + moved_on)
+            why = f" ({self._rollbacks} rollbacks to one checkpoint)"
+            raise Diverged(self._diverged(step, row, self.state, why))
+        with self._clock("checkpoint"):
+            if self.checkpoints:
+                self._restore()
+            else:
+                self.state, self.step = self._start(), 0
+        moved_on += step - self.step
+        place = {"bad": bad + 1, "moved_on": moved_on}
+        put = {name: jax.device_put(jnp.int32(n), getattr(state.guard, name).sharding) for name, n in place.items()}
+        self.state = self.state._replace(guard=self.state.guard._replace(**put))
+        self._window = []
+        if self._lines:
+            self._lines.close()
+            self._timing.close()
+            self._open_lines()
+        self._progress.note(f"step {step} was bad: {_words(row)}; back at step {self.step}, {moved_on} batches on")
+
+    def _write_window(self, step: int) -> None:
+        if self._lines and self._window:
+            means = {name: math.fsum(r[name] for r in self._window) / len(self._window) for name in self._window[0]}
+            for last in ("learning_rate", "bad_steps"):
+                if last in means:
+                    means[last] = self._window[-1][last]
+            self._lines.write(step=step, split="train", **means)
+        self._window = []
+
+    def _diverged(self, step: int, row: dict[str, float], state: PyTree, why: str) -> str:
+        last = self.checkpoints and self.checkpoints.latest_path()
+        return (
+            f"diverged at step {step}{why}: {_words(row)}, parameter norm"
+            f" {float(optax.tree.norm(state.params)):.4g} before it; last good checkpoint: {last or 'none'};"
+            " a lower learning_rate, a longer warm-up or a smaller clip may help"
+        )
+
+    def save(self, step: int, state: PyTree) -> None:
+        """A checkpoint; the next train line begins here, so that a resumed run writes the same one."""
+        self._window, self._rollbacks = [], 0
+        if self.checkpoints:
+            with self._clock("checkpoint"):
+                self.checkpoints.save(step, state)
+
+    def write_evaluation(self, step: int, results: dict[str, dict[str, Any]]) -> None:
+        for split, found in results.items():
+            if self._lines:
+                self._lines.write(step=step, split=split, **found)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
+            self._progress.note(f"step {step}, {split}: {shown}")
+        if self._timing:
+            self._timing.write(step=step, **self._clock.row())
+
+    def seconds(self) -> float:
+        """Wall-clock of the run so far, earlier calls included."""
+        return self._clock.total()
+
+    def _trace(self, end: int) -> None:
+        """Begin the trace when the second dispatch begins; end it once `profile` steps are in it."""
+        if not self._profile or not self._compiled:
+            return
+        if self._tracing is None:
+            jax.profiler.start_trace(str(self._workdir / "profile"))
+            self._tracing = self.step
+        elif self.step - self._tracing >= self._profile:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        jax.block_until_ready(self.state)
+        jax.profiler.stop_trace()
+        self._progress.note(f"trace of {self.step - self._tracing} steps in {self._workdir / 'profile'}")
+        self._profile = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._profile and self._tracing is not None:
+            with contextlib.suppress(RuntimeError):
+                self._end_trace()
+        self._progress.close()
+        for opened in (self._lines, self._timing, self.checkpoints):
+            if opened:
+                opened.close()
+
+
+def _words(row: dict[str, float]) -> str:
+    return f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
+
+
+def _speeds(steps_per_second: float, tokens: int | None) -> dict[str, float]:
+    speeds = {"steps_per_second": round(steps_per_second, 3)}
+    return speeds if tokens is None else speeds | {"tokens_per_second": round(steps_per_second * tokens, 1)}
+
+
+def _abstract(x: Any) -> Any:
+    """What is left of an array when a step has taken its memory; an array of the host has no sharding."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
