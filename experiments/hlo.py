@@ -101,6 +101,13 @@ def _group(line: str, slice_size: int | None, everyone: int) -> tuple[int, bool]
         members = [int(n) for n in listed[1].split(",")]
         crosses = slice_size is not None and len({m // slice_size for m in members}) > 1
         return len(members), crosses
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+    if named:  # mesh['a'=2,'b'=4] {'b'}: devices count along the axes in that order, the last one fastest
+        lengths = {axis: int(length) for axis, length in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        taken = {axis: int(part or lengths[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])}
+        strides = {axis: math.prod(list(lengths.values())[n + 1 :]) for n, axis in enumerate(lengths)}
+        reach = sum(strides[axis] * (lengths[axis] - 1) for axis in taken)
+        return math.prod(taken.values()), slice_size is not None and reach >= slice_size
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if not iota:
         return everyone, slice_size is not None and everyone > slice_size
