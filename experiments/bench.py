@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from experiments import command, launch
+from experiments import command, runner
 from experiments.benchmarks import cases, peers, record, report, suites, timing
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.record import Entry
@@ -134,7 +134,7 @@ def measure(
             mine = contender.library in (record.OURS, record.BOUND)
             if mine and not isinstance(error, RuntimeError | MemoryError):
                 raise
-            errors[contender.label] = launch.one_line(error)
+            errors[contender.label] = runner.one_line(error)
             continue
         if got is not None:
             want = got if want is None else want
@@ -147,7 +147,7 @@ def measure(
         label = contender.label
         times = samples.get(label)
         if isinstance(times, Exception):
-            errors[label], times = launch.one_line(times), None
+            errors[label], times = runner.one_line(times), None
         entries.append(
             Entry(
                 contender.library,
@@ -173,7 +173,7 @@ class Progress:
     def show(self, what: str) -> None:
         spent = time.monotonic() - self._start
         left = spent / self._done * (self._parts - self._done) if self._done else None
-        line = f"{self._suite}: {what}; {self._done} of {self._parts} done, {launch.clock_or_unknown(left)} left"
+        line = f"{self._suite}: {what}; {self._done} of {self._parts} done, {runner.clock_or_unknown(left)} left"
         if self._status:
             self._status.update(line)
         elif what.startswith("the machine") or ": round 1 of" in what:

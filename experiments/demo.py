@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments import command, generate, launch, rows, table
+from experiments import command, generate, rows, runner, table
 from experiments.launchers import local
 from experiments.planning import ROOT, Run, Sweep, load, validate
 from xlstm_jax import metrics
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 150)
     start = time.monotonic()
     code = demo(options.workdir.absolute(), options.preset, max(options.workers, 1), console)
-    console.print(f"Took {launch.clock_or_unknown(time.monotonic() - start).removeprefix('about ')}.")
+    console.print(f"Took {runner.clock_or_unknown(time.monotonic() - start).removeprefix('about ')}.")
     return code
 
 
@@ -79,7 +79,7 @@ def demo(workdir: Path, preset: str, workers: int, console: Console) -> int:
     for file in [*(folder / f"table.{kind}" for folder in folders for kind in ("md", "csv", "tex", "png"))]:
         console.print(str(relative(file)), highlight=False, soft_wrap=True)
     console.print(str(relative(workdir / "bible.png")), highlight=False, soft_wrap=True)
-    left = [line for each, folder in zip((formal, bible), folders) for line in launch.failures(each, folder)]
+    left = [line for each, folder in zip((formal, bible), folders) for line in runner.failures(each, folder)]
     for line in left:
         console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
     return 1 if left else 0
@@ -95,7 +95,7 @@ def train(each: Sweep, folder: Path, workers: int, console: Console, title: str,
 def remaining(each: Sweep, folder: Path, workers: int) -> float:
     """Expected seconds for what is missing of a sweep."""
     done = rows.read(folder)
-    return (launch.seconds_left(each, [run for run in each.runs if run.id not in done], done) or 0.0) / workers
+    return (runner.seconds_left(each, [run for run in each.runs if run.id not in done], done) or 0.0) / workers
 
 
 class Baselines:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import launch, rows, vectorize
+from experiments import rows, runner, vectorize
 from experiments.build import build_model, build_optimizer, build_task, resolve
 from experiments.planning import Sweep
 
@@ -41,7 +41,7 @@ def plan(sweep: Sweep, workdir: Path, *, together: bool, memory: bool = True) ->
         group, state = programs[key], states[run.id]
         groups[group]["runs"] += 1
         groups[group]["left"] += state != "done"
-        spent = done[run.id].get("wall_seconds") if state == "done" else launch.seconds_for(sweep, run, done)
+        spent = done[run.id].get("wall_seconds") if state == "done" else runner.seconds_for(sweep, run, done)
         changes = {name: value for name, value in run.overrides.items() if name not in constant}
         lines.append(
             {"index": index, "id": run.id, "changes": changes} | {"group": group, "state": state, "seconds": spent}
@@ -127,7 +127,7 @@ def summary(found: dict[str, Any]) -> list[str]:
     )
     lines.append(f"programs to compile: {found['programs']} ({kind})")
     if any(line["state"] != "done" for line in found["runs"]):
-        lines.append(f"time left: {launch.clock_or_unknown(found['seconds'])}, one run after the other")
+        lines.append(f"time left: {runner.clock_or_unknown(found['seconds'])}, one run after the other")
     if found["bytes"]:
         lines.append(f"memory: {size(found['bytes'])} for parameters, gradients and optimiser of the largest program")
     lines += [f"no longer in the sweep: {name}" for name in found["no_longer_in_the_sweep"]]
@@ -135,7 +135,7 @@ def summary(found: dict[str, Any]) -> list[str]:
 
 
 def clock(seconds: float | None) -> str:
-    return "?" if seconds is None else launch.clock_or_unknown(seconds).removeprefix("about ")
+    return "?" if seconds is None else runner.clock_or_unknown(seconds).removeprefix("about ")
 
 
 def size(count: int) -> str:

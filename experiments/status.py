@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments import launch, rows
+from experiments import rows, runner
 from experiments.planning import Run, Sweep
 
 POLL = 0.5  # seconds between two looks
@@ -58,12 +58,12 @@ def best(sweep: Sweep, done: dict[str, dict]) -> tuple[str, str, float] | None:
 def time_left(sweep: Sweep, workdir: Path, seen: Snapshot, workers: int) -> float | None:
     """Expected wall-clock until the last of `workers` processes ends, in seconds; None while nothing is known."""
     waiting = [run for run in sweep.runs if seen.states[run.id] in ("missing", "queued")]
-    total, rest = launch.seconds_left(sweep, waiting, seen.done), []
+    total, rest = runner.seconds_left(sweep, waiting, seen.done), []
     for run in (run for run in sweep.runs if seen.states[run.id] == "running"):
         _, began = rows.holder(workdir, run) or (None, time.time())
         spent = max(time.time() - began, 0.0)
         part = rows.last_metrics(workdir, run).get("step", 0) / sweep.config(run).steps
-        whole = spent / part if part > 0.2 else launch.seconds_for(sweep, run, seen.done)
+        whole = spent / part if part > 0.2 else runner.seconds_for(sweep, run, seen.done)
         rest.append(None if whole is None else max(whole - spent, 1.0))
     if total is None or None in rest:
         return None
@@ -79,7 +79,7 @@ def summary(sweep: Sweep, workdir: Path, seen: Snapshot, workers: int) -> str:
     if seen.speeds:
         words.append(f"{sum(seen.speeds.values()):.4g} steps/s")
     if seen.count("missing") + seen.count("running") + seen.count("queued"):
-        left = launch.clock_or_unknown(time_left(sweep, workdir, seen, workers))
+        left = runner.clock_or_unknown(time_left(sweep, workdir, seen, workers))
         words.append(f"{left} left" + (", one run after the other" if workers == 1 else ""))
     return "; ".join(words)
 
@@ -166,7 +166,7 @@ def watch(
                 console.print(words, highlight=False, markup=False, soft_wrap=True)
             running = [run for run in sweep.runs if seen.states[run.id] == "running"]
             left = time_left(sweep, workdir, seen, workers)
-            clock = launch.clock_or_unknown(None if left is None else left + later)
+            clock = runner.clock_or_unknown(None if left is None else left + later)
             queue = f", {seen.count('queued')} queued" if seen.count("queued") else ""
             done = f"{seen.count('done')} of {len(sweep.runs)} runs done"
             head = f"{title}: {done}, {len(running)} running{queue}, {clock} left"

@@ -29,11 +29,11 @@ import time
 
 from rich.console import Console
 
-from experiments import command, launch, launchers, overview, rows, search, status, table, vectorize
+from experiments import command, launchers, overview, rows, runner, search, status, table, vectorize
 from experiments.launchers.local import share_cores, worker_command
 from experiments.planning import Sweep, headline, load, parts, search_space, validate
 
-PATIENCE = 3.0  # seconds; longer than `launch.end_with_parent` takes
+PATIENCE = 3.0  # seconds; longer than `runner.end_with_parent` takes
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -87,7 +87,7 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
     done = rows.read(workdir)
     if all(run.id in done for run in sweep.runs):
         say(console, "every run was finished already: nothing to train")
-    with launch.telling_of_a_full_disk(sweep, workdir):
+    with runner.telling_of_a_full_disk(sweep, workdir):
         if options.action == "submit":
             return submit(sweep, options, found, console)
         with rows.alone(workdir, "launcher") as other:
@@ -96,11 +96,11 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
             if options.launcher == "inline" and options.index is None and vectorize.wanted(options.vectorize):
                 vectorize.launch_groups(sweep, workdir, console=console)
             elif options.launcher == "inline":
-                launch.inline(sweep, workdir, run_one, console=console)
+                runner.inline(sweep, workdir, run_one, console=console)
             else:
                 worker = worker_command(options.config, workdir, options.overrides)
                 launchers.get(options.launcher).run(sweep, workdir, worker, found, console)
-    left = list(launch.failures(sweep, workdir))
+    left = list(runner.failures(sweep, workdir))
     for line in left:
         say(console, line)
     if any(line.startswith("failed") for line in left):
@@ -147,18 +147,18 @@ def submit(sweep: Sweep, options: argparse.Namespace, found: dict, console: Cons
 
 def work(sweep: Sweep, options: argparse.Namespace, console: Console, run_one) -> None:
     """What a launcher starts: some runs, one after the other, for as long as whoever started this lives."""
-    launch.end_with_parent()
+    runner.end_with_parent()
     share = (0, 1)
     if options.worker:
         share = tuple(map(int, options.worker.split("/")))
         share_cores(*share)
     names = options.only.split(",") if options.only else None
     runs = [run for run in sweep.runs if names is None or run.id in names]
-    launch.inline(sweep, options.workdir, run_one, console=console, worker=share, progress=False, runs=runs)
+    runner.inline(sweep, options.workdir, run_one, console=console, worker=share, progress=False, runs=runs)
     done = rows.read(options.workdir)
     if names and any(rows.state(options.workdir, run, done) == "running" for run in runs):
         time.sleep(PATIENCE)  # a requeued job's earlier process may still be ending
-        launch.inline(sweep, options.workdir, run_one, console=console, progress=False, runs=runs)
+        runner.inline(sweep, options.workdir, run_one, console=console, progress=False, runs=runs)
 
 
 def check(options: argparse.Namespace, sweep: Sweep) -> dict:

@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from experiments import launch, rows
+from experiments import rows, runner
 from experiments.build import (
     COUNTS,
     INTERVALS,
@@ -66,7 +66,7 @@ def launch_groups(
 ) -> None:
     """Run what is missing, a group at a time; a run that fails leaves error.txt and the others go on.
 
-    As `launch.inline`, this passes over what is done, failed or another process's, and a full disk stops all.
+    As `runner.inline`, this passes over what is done, failed or another process's, and a full disk stops all.
     """
     done, run_group = rows.read(workdir), run_group or together
     queue = groups(sweep, [run for run in (sweep.runs if runs is None else runs) if run.id not in done])
@@ -78,7 +78,7 @@ def launch_groups(
             mine = [run for run in mine if run.id not in done and not rows.error_file(workdir, run).exists()]
             if not mine:
                 continue
-            left = launch.clock_or_unknown(launch.seconds_left(sweep, [*mine, *(r for g in queue for r in g)], done))
+            left = runner.clock_or_unknown(runner.seconds_left(sweep, [*mine, *(r for g in queue for r in g)], done))
             console.print(f"{len(mine)} runs at once: {mine[0].id} and on (sweep: {left} left)", highlight=False)
             folders = [workdir / "runs" / run.id for run in mine]
             for folder in folders:
@@ -87,7 +87,7 @@ def launch_groups(
             try:
                 results = run_group([sweep.config(run) for run in mine], folders)
             except Exception as error:
-                if launch.is_full(error):
+                if runner.is_full(error):
                     raise
                 if len(mine) > 1 and "RESOURCE_EXHAUSTED" in str(error):
                     half = len(mine) // 2
@@ -99,7 +99,7 @@ def launch_groups(
             for run, result in zip(mine, results):
                 if isinstance(result, Exception):
                     rows.error_file(workdir, run).write_text("".join(traceback.format_exception(result)))
-                    console.print(f"  failed: {run.id}: {launch.one_line(result)}", highlight=False, markup=False)
+                    console.print(f"  failed: {run.id}: {runner.one_line(result)}", highlight=False, markup=False)
                     continue
                 named = {"id": run.id, "overrides": run.overrides}
                 rows.append(workdir, named | result | named | {"wall_seconds": share})

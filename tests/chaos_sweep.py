@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console  # noqa: E402
 
-from experiments import launch, rows  # noqa: E402
+from experiments import rows, runner  # noqa: E402
 from experiments.launchers import local  # noqa: E402
 from experiments.planning import load  # noqa: E402
 
@@ -97,7 +97,7 @@ def forked(sweep, folder: Path, kills: int, chance: random.Random) -> None:
     def start(name: str, index: int) -> int:
         process = os.fork()
         if process == 0:
-            launch.inline(sweep, folder / name, pretend, console=quiet, worker=(index, 2), progress=False)
+            runner.inline(sweep, folder / name, pretend, console=quiet, worker=(index, 2), progress=False)
             os._exit(0)
         return process
 

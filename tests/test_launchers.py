@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import launch, launchers, rows, status, sweep
+from experiments import launchers, rows, runner, status, sweep
 from experiments.launchers import local, slurm
 from experiments.planning import load
 
@@ -191,7 +191,7 @@ def test_only_what_is_missing_and_not_queued_is_submitted(plan, tmp_path, monkey
     monkeypatch.setattr(slurm, "alive", lambda names: queue & set(names))
     workdir, names, console = tmp_path / "w", [run.id for run in plan.runs], Console(file=io.StringIO())
     rows.prepare(workdir, plan)
-    launch.inline(plan, workdir, trainer, console=console, runs=plan.runs[:1])
+    runner.inline(plan, workdir, trainer, console=console, runs=plan.runs[:1])
     for _ in range(2):
         slurm.submit(plan, workdir, ["worker"], {"runs_per_job": 2}, console)
     assert started == [[f"--only={names[1]},{names[2]}", f"--only={names[3]}"]]
@@ -204,13 +204,13 @@ def test_only_what_is_missing_and_not_queued_is_submitted(plan, tmp_path, monkey
 def test_the_live_table_keeps_to_the_screen(plan, tmp_path):
     workdir, out = tmp_path / "w", io.StringIO()
     rows.prepare(workdir, plan)
-    launch.inline(plan, workdir, trainer, console=Console(file=io.StringIO()), runs=plan.runs[2:])
+    runner.inline(plan, workdir, trainer, console=Console(file=io.StringIO()), runs=plan.runs[2:])
     console = Console(file=out, width=120)
     console.print(status.table(plan, workdir, status.snapshot(plan, workdir), height=2))
     lines = out.getvalue().splitlines()
     assert len(lines) == 4 and lines[1].split()[0] == "2" and lines[1].endswith("*") and "and 2 more" in lines[3]
     out.truncate(0)
-    launch.inline(plan, workdir, trainer, console=Console(file=io.StringIO()))
+    runner.inline(plan, workdir, trainer, console=Console(file=io.StringIO()))
     status.show(plan, workdir, console, live=True)
     assert "4 done, 0 running, 0 failed, 0 missing; best valid_loss 1.0000" in out.getvalue()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import launch, rows, status, sweep
+from experiments import rows, runner, status, sweep
 from experiments.launchers import local
 from experiments.planning import Run, load
 from xlstm_jax import metrics
@@ -213,7 +213,7 @@ WORKER = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from experiments import launch
+from experiments import runner
 from experiments.planning import load
 
 def run_one(config, folder, progress):
@@ -222,7 +222,7 @@ def run_one(config, folder, progress):
     return {"steps": config.steps, "seconds": 0.1}
 
 index, workers = map(int, sys.argv[3].removeprefix("--worker=").split("/"))
-launch.inline(load(sys.argv[1]), Path(sys.argv[2]), run_one, console=Console(), worker=(index, workers))
+runner.inline(load(sys.argv[1]), Path(sys.argv[2]), run_one, console=Console(), worker=(index, workers))
 """
 
 
@@ -238,21 +238,21 @@ def test_local_workers_share_the_runs(config, tmp_path, monkeypatch):
     assert len(rows.read(workdir)) == 3, logs
     assert logs.count("failed: ValueError: no") == 1
     assert "runs done" in out.getvalue() and "left" in out.getvalue()
-    assert [line.split()[0] for line in launch.failures(plan, workdir)] == ["failed"]
+    assert [line.split()[0] for line in runner.failures(plan, workdir)] == ["failed"]
 
 
 def test_workers_begin_with_different_settings():
     runs = [Run(f"{b}{s}", {"model.backbone": b, "seed": s}) for b in "abc" for s in (0, 1)]
-    orders = [[run.id for run in launch.in_order(runs, index, 2)] for index in (0, 1)]
+    orders = [[run.id for run in runner.in_order(runs, index, 2)] for index in (0, 1)]
     assert orders == [["a0", "a1", "c0", "c1", "b0", "b1"], ["b0", "b1", "c0", "c1", "a0", "a1"]]
 
 
 def test_time_left_follows_what_the_runs_took(config):
     plan = load(config)
     first, *others = plan.runs
-    assert launch.seconds_left(plan, others, {}) is None
-    assert launch.seconds_left(plan, others, {first.id: {"wall_seconds": 10.0}}) == 30.0
-    assert [launch.clock_or_unknown(s) for s in (None, 65.0, 3_700.0)] == [
+    assert runner.seconds_left(plan, others, {}) is None
+    assert runner.seconds_left(plan, others, {first.id: {"wall_seconds": 10.0}}) == 30.0
+    assert [runner.clock_or_unknown(s) for s in (None, 65.0, 3_700.0)] == [
         "an unknown time",
         "about 1:05",
         "about 1:01:40",

@@ -16,13 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from experiments import launch, rows
+from experiments import rows, runner
 from experiments.planning import Run, Sweep, parse_override
 from xlstm_jax import metrics
 from xlstm_jax.names import unknown
 
 SUBMITTED = "submitted.jsonl"
-NAMES = ("inline", "local", "slurm", "ray")  # inline: in the asking process itself, `launch.inline`
+NAMES = ("inline", "local", "slurm", "ray")  # inline: in the asking process itself, `runner.inline`
 
 
 def get(name: str) -> ModuleType:
@@ -89,5 +89,5 @@ def to_submit(sweep: Sweep, workdir: Path) -> list[Run]:
 
 def shares(runs: list[Run], size: int) -> list[list[Run]]:
     """The runs in jobs of `size`, seeds of one setting together (they share compiled programs)."""
-    ordered = launch.in_order(runs)
+    ordered = runner.in_order(runs)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]

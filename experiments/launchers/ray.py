@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments import launch, launchers, rows, status
+from experiments import launchers, rows, runner, status
 from experiments.launchers import local
 from experiments.planning import Sweep
 
@@ -41,7 +41,7 @@ def run(sweep: Sweep, workdir: Path, command: list[str], options: dict, console:
         done = rows.read(workdir)
         waiting = {
             task(ray, options).remote([*command, f"--only={run.id}"], str(Path.cwd()), str(log(workdir, run.id))): run
-            for run in launch.in_order(sweep.runs)
+            for run in runner.in_order(sweep.runs)
             if rows.state(workdir, run, done) == "missing"
         }
         told: set = set()
@@ -53,7 +53,7 @@ def run(sweep: Sweep, workdir: Path, command: list[str], options: dict, console:
                 try:
                     ray.get(each)
                 except ray.exceptions.RayError as error:
-                    words = f"  {waiting[each].id}: its task has ended: {launch.one_line(error)[-300:]}"
+                    words = f"  {waiting[each].id}: its task has ended: {runner.one_line(error)[-300:]}"
                     console.print(words, highlight=False, markup=False, soft_wrap=True)
             return bool(left)
 

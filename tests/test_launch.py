@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.pods import __main__ as launch
-from experiments.pods import job, tpu
+from experiments.launch import __main__ as launch
+from experiments.launch import job, tpu
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs/bible.py") + ":reduced,lstm"
 TPU = ["--name=a", "--zone=us-west4-a", "--topology=v5e:16x16"]

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 from experiments import command
-from experiments.pods import kubernetes, slurm, tpu
-from experiments.pods.job import parse, shell, training
+from experiments.launch import kubernetes, slurm, tpu
+from experiments.launch.job import parse, shell, training
 from xlstm_jax.names import unknown
 
 ACTIONS = {"tpu": tpu.ACTIONS, "slurm": ("submit", "script"), "kubernetes": ("apply", "manifest")}

@@ -5,7 +5,7 @@ Needs the JobSet controller (kubernetes-sigs/jobset). A job a slice, a pod a hos
 
 import json
 
-from experiments.pods.job import Slice
+from experiments.launch.job import Slice
 
 
 def manifest(words: list[str], *, name: str, image: str, slice: Slice, slices: int, restarts: int, spot: bool) -> str:

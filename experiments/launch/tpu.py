@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from experiments.pods.job import Slice, shell
+from experiments.launch.job import Slice, shell
 
 ACTIONS = ("create", "setup", "run", "logs", "watch", "stop", "delete")
 GONE = ("SUSPENDED", "SUSPENDING", "FAILED", "")  # states in which there is nothing to run on any more

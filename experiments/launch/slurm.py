@@ -4,7 +4,7 @@ The script asks for the signal some minutes before the time limit, on which the 
 after a preemption, puts the job back into its queue, and the same command goes on from the checkpoint.
 """
 
-from experiments.pods.job import shell
+from experiments.launch.job import shell
 
 PORT = 12321
 
