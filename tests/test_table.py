@@ -200,7 +200,6 @@ def test_the_committed_rows_fit_their_config_and_make_the_committed_table(file, 
     assert table.main([f"--config={source}", f"--workdir={tmp_path}"]) == 0
     for name in ("table.md", "table.csv"):
         assert (tmp_path / name).read_text() == (folder / name).read_text()
-    sweep, done = load(source), rows.read(folder)
-    assert {run.id: (run.overrides, resolve(sweep.config(run))) for run in sweep.runs} == {
-        name: (row["overrides"], row["config"]) for name, row in done.items()
-    }
+    sweep, done = load(source), rows.read(folder)  # a table says which runs are not there yet
+    runs = {run.id: (run.overrides, resolve(sweep.config(run))) for run in sweep.runs}
+    assert done and {name: (row["overrides"], row["config"]) for name, row in done.items()}.items() <= runs.items()
