@@ -59,7 +59,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         cells = [f"{row['again']:.2f}" if row else "–" for row in (single, many)]
         cells.append(" / ".join(f"{row['first']:.2f}" if row else "–" for row in (single, many)))
         cells.append(" / ".join(f"{row['steps_per_second']:.0f}" if row else "–" for row in (single, many)))
-        cells.append(f"{many['again'] / alone['again']:.2f}" if many and alone else "–")
+        cells.append(f"{many['again'] / max(alone['again'], 1e-3):.2f}" if many and alone else "–")
         lines.append(f"| {count} | {' | '.join(cells)} |")
     newest = rows[-1]
     device, note = newest["device"], f"{newest['steps']} steps of batch {newest['batch_size']} a run"

@@ -69,12 +69,13 @@ class Programs:
 
         argnums = (0,) if tokens else (0, 1)
         gradient = lambda f: jax.jit(jax.value_and_grad(f, argnums=argnums, has_aux=True))  # noqa: E731
-        self.whole, self.pieces = gradient(loss), gradient(pieces)
+        self.whole = gradient(loss)
+        # of a model the values alone: the gradients of its parts are checked with them, and these programs are large
+        self.pieces = jax.jit(lambda *args: (pieces(*args), ())) if tokens else gradient(pieces)
         self.plain = jax.jit(lambda params, xs: apply(params, xs, None, None, None))
         self.step = jax.jit(lambda params, x, state, reset: nnx.merge(graphdef, params).step(x, state, reset))
         one_row = lambda params, x, m, r: loss(params, x[None], None, m[None], r[None], (1.0, 1.0))[0]  # noqa: E731
         rows = lambda params, xs, m, r: jnp.sum(jax.vmap(jax.checkpoint(one_row), (None, 0, 0, 0))(params, xs, m, r))  # noqa: E731
-        # of a model the value alone: the gradients of its parts are checked with them, and this program is the largest
         self.rows = jax.jit((lambda *args: (rows(*args), ())) if tokens else jax.value_and_grad(rows, argnums=argnums))
 
 
@@ -147,7 +148,8 @@ class Case:
 def whole_or_in_parts(subject, case):
     p = case.programs
     args = case.params, case.xs, case.state, case.mask, case.reset, case.weights
-    close(p.pieces(*args), p.whole(*args), what="split = whole, gradients too")
+    value, grads = p.whole(*args)
+    close(p.pieces(*args), (value, () if subject.tokens else grads), what="split = whole, gradients too")
     stepped, state = [], case.state
     for t in range(T):
         y, state = p.step(case.params, case.xs[:, t], state, case.reset[:, t])

@@ -41,7 +41,9 @@ def test_report_of_a_search():
     """Results made from the settings alone, the variant NFG worse by 2."""
     sweep = planning.load(CONFIG)
     points = odyssey.settings(sweep.module, [{"overrides": run.overrides} for run in sweep.runs])
-    assert points.shape == (9 * 12, 3) and np.abs(points).max() <= 1.01 and np.ptp(points, axis=0).min() > 1.3
+    assert (
+        points.shape == (9 * 12, 3) and np.abs(points).max() <= 1.01 and np.ptp(points, axis=0).min() > 1
+    )  # of 2, by 12 draws
     trials = points.reshape(9, 12, 3)
     assert (trials == trials[:1]).all()  # trial n is the same in every variant
     results = [

@@ -461,7 +461,7 @@ def test_help_is_the_whole_docstring(main, capsys):
 
 
 def test_divergence_is_code_1(tmp_path, monkeypatch, capsys, request):
-    def diverge(*_):
+    def diverge(*_, **__):
         raise train.Diverged("diverged at step 3: loss nan")
 
     monkeypatch.chdir(request.config.rootpath)
