@@ -41,8 +41,8 @@ PRESETS = {
         seconds=90,
     ),
     "reduced": dict(
-        steps=3_000,
-        batch_size=8,
+        steps=2_600,
+        batch_size=16,
         seq_len=256,
         learning_rate=4e-3,
         weight_decay=0.05,
