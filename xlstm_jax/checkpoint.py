@@ -38,9 +38,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
-        )
+        self._manager = _Manager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def wait(self) -> None:
         """Until all that was saved is on disk."""
@@ -179,6 +177,13 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Saves when it is told to, and asks nobody whether the machine is taken away: `distributed.Stop` does."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def damaged(folder: Path) -> str | None:

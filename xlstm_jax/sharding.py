@@ -209,6 +209,29 @@ def keep(state: PyTree, graphdef: nnx.GraphDef) -> PyTree:
     return jax.tree.map(jax.lax.with_sharding_constraint, state, specs)
 
 
+def whole(tree: PyTree) -> PyTree:
+    """Every array on every device, so that every process can read it; as it is without a mesh."""
+    if math.prod(local.sizes().values()) == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+
+def everywhere(arrays: PyTree) -> PyTree:
+    """What every process has read alike (a corpus), as arrays of the whole mesh; as it is without one."""
+    if math.prod(local.sizes().values()) == 1:
+        return arrays
+    put = partial(jax.make_array_from_process_local_data, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))
+    return jax.tree.map(lambda x: put(np.asarray(x), x.shape), arrays)
+
+
+def carried(state: PyTree, model: nnx.Module) -> PyTree:
+    """A model's recurrent state with its rows divided over the mesh; as it is without one."""
+    if math.prod(local.sizes().values()) == 1:
+        return state
+    specs = jax.tree.unflatten(jax.tree.structure(state), list(_row_axes(model)))
+    return jax.tree.map(jax.lax.with_sharding_constraint, state, specs)
+
+
 def parameter_shardings(model: nnx.Module, mesh: Mesh) -> PyTree:
     """The sharding of every parameter, in the structure of `nnx.split(model)[1]`."""
     specs = parameter_specs(model, mesh.shape)
