@@ -188,12 +188,15 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--profile", type=int, default=0, help="trace so many steps into WORKDIR/profile")
     arguments.add_argument("--processes", help="auto, HOST:PORT,COUNT,INDEX or HOST:PORT: this is one of several")
     arguments.add_argument("--stall_limit", type=int, default=1800, help="seconds that one waits for another")
+    arguments.add_argument(
+        "--heartbeat", type=int, default=60, help="seconds of silence after which one counts as dead"
+    )
     options = arguments.with_overrides(argv)
     if options.processes is None:
         with distributed.Stop() as stop:
             return train_as_told(options, stop)
     try:
-        distributed.join(options.processes)
+        distributed.join(options.processes, heartbeat=options.heartbeat)
     except RuntimeError as error:
         return command.fail(error)
     with distributed.Stop() as stop:

@@ -94,6 +94,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax has no common error for what it cannot write
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process was lost
             for half in self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
             reason = _one_line(getattr(error, "strerror", None) or error)
@@ -157,6 +159,8 @@ class Checkpoints:
             with mock.patch.object(asyncio, "new_event_loop", _WaitingLoop):
                 yield
         except Exception as error:  # orbax has no common error for what it cannot read
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, reason: object) -> ValueError:

@@ -194,7 +194,7 @@ def state_specs(state: PyTree, model: nnx.Module, sizes: Mapping[str, int]) -> P
 
 def _row_axes(model: nnx.Module):
     """Of each leaf of the model's state, in order, the spec that divides its rows."""
-    shapes = [jax.tree.leaves(nnx.eval_shape(partial(model.initial_state, batch))) for batch in (2, 3)]
+    shapes = [jax.tree.leaves(nnx.eval_shape(lambda rows=batch: model.initial_state(rows))) for batch in (2, 3)]
     for two, three in zip(*shapes, strict=True):
         axis = next(n for n, (a, b) in enumerate(zip(two.shape, three.shape)) if a != b)
         yield PartitionSpec(*(None,) * axis, local.ROWS)
