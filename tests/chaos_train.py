@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SAVE_EVERY, STEPS, DISPATCH = 40, 600, 5
+SAVE_EVERY, STEPS, DISPATCH = 20, 240, 5
 CONFIG = [
     "--config=tests/configs/tiny.py",
-    *(f"--config.steps={STEPS}", f"--config.save_every={SAVE_EVERY}", "--config.eval_every=100"),
-    *("--config.log_every=1", f"--config.steps_per_dispatch={DISPATCH}", "--config.task.num_eval=64"),
+    *(f"--config.steps={STEPS}", f"--config.save_every={SAVE_EVERY}", "--config.eval_every=60"),
+    *("--config.log_every=1", f"--config.steps_per_dispatch={DISPATCH}", "--config.task.num_eval=32"),
 ]
 AGAIN = 75
 

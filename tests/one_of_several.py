@@ -9,14 +9,14 @@ from tests.stand_in import Recall, model
 from xlstm_jax import distributed, optim, sharding, train
 
 
-def fit(workdir, told=lambda: False, steps=160):
+def fit(workdir, told=lambda: False, steps=44):
     """On two devices, of one process or of two."""
     with sharding.use(sharding.make_mesh({"data": 2}, jax.devices()[:2])):
         return train.fit(
             model(dropout=0.1),
             Recall(carries_state=True),
             optim.make(learning_rate=1e-2, steps=steps),
-            **dict(steps=steps, batch_size=4, eval_every=50, save_every=20, log_every=7, eval_batch_size=8),
+            **dict(steps=steps, batch_size=4, eval_every=20, save_every=8, log_every=3, eval_batch_size=8),
             **dict(workdir=workdir, steps_per_dispatch=4, progress=False, record={"id": "run"}, told=told),
         )
 
@@ -27,7 +27,7 @@ def main(workdir, processes):
     with distributed.Stop() as stop:
 
         def told():
-            time.sleep(0.1)  # signals come while it trains
+            time.sleep(0.3)  # signals come while it trains
             return stop.told()
 
         try:

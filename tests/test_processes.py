@@ -20,11 +20,11 @@ def test_two_processes_stopped_and_killed(tmp_path):
     fit(tmp_path / "whole")
     words, run = ["tests/one_of_several.py", str(tmp_path / "run")], tmp_path / "run"
     processes = chaos_train.start(2, words, devices=1, logs=tmp_path)
-    chaos_train.wait_until((run / "checkpoints/20").exists, processes)
+    chaos_train.wait_until((run / "checkpoints/8").exists, processes)
     processes[1].send_signal(signal.SIGTERM)
     assert chaos_train.codes(processes, 60) == [75, 75], (tmp_path / "0.txt").read_text()
     stopped = chaos_train.saved_step(run)
-    assert 20 <= stopped < 160
+    assert 8 <= stopped < 44
     for index in range(2):
         assert (
             f"told to stop: saved step {stopped}; the same command goes on" in (tmp_path / f"{index}.txt").read_text()
@@ -45,16 +45,16 @@ def test_two_processes_stopped_and_killed(tmp_path):
 
 def test_told_at_any_question(tmp_path):
     """Between dispatches, in evaluations, before the first step: the run that goes on is the same to the last digit."""
-    fit(tmp_path / "whole", steps=60)
+    fit(tmp_path / "whole")
     again, stops = True, []
     while again:
-        questions = iter(range(7))
+        questions = iter(range(5))
         try:
-            fit(tmp_path / "run", lambda: next(questions) == 6, steps=60)  # noqa: B023
+            fit(tmp_path / "run", lambda: next(questions) == 4)  # noqa: B023
             again = False
         except train.Stopped as error:
             stops.append(int(str(error).split("saved step ")[1].split(";")[0]))
-    assert len(stops) > 2 and stops == sorted(stops) and 50 in stops
+    assert len(stops) > 2 and stops == sorted(stops) and 20 in stops
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     with pytest.raises(train.Stopped, match="told to stop before the first step was done"):
         fit(tmp_path / "new", lambda: True)
