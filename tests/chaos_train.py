@@ -31,9 +31,9 @@ AGAIN = 75
 
 
 def start(
-    count: int, words: list[str], devices: int = 2, logs: Path | None = None, cache: Path | None = None
+    count: int, words: list[str], logs: Path, devices: int = 2, cache: Path | None = None
 ) -> list[subprocess.Popen]:
-    """`count` processes of one job on this machine: python WORDS --processes=HOST:PORT,COUNT,INDEX."""
+    """`count` processes of one job on this machine: python WORDS --processes=HOST:PORT,COUNT,INDEX; each prints into INDEX.txt in `logs`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -47,9 +47,9 @@ def start(
         environment["XLSTM_JAX_CACHE"] = str(cache)
     found = []
     for index in range(count):
-        out = open(logs / f"{index}.txt", "w") if logs else subprocess.DEVNULL  # noqa: SIM115 (the process has it)
         command = [sys.executable, *words, f"--processes={address},{count},{index}"]
-        found.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
+        with open(logs / f"{index}.txt", "w") as out:
+            found.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
     return found
 
 

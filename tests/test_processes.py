@@ -16,10 +16,17 @@ from tests.stand_in import Recall, model
 from xlstm_jax import distributed, optim, train
 
 
-def test_two_processes_stopped_and_killed(tmp_path):
-    fit(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit(folder)
+    return folder
+
+
+def test_two_processes_stopped_and_killed(tmp_path, whole):
     words, run = ["tests/one_of_several.py", str(tmp_path / "run")], tmp_path / "run"
-    processes = chaos_train.start(2, words, devices=1, logs=tmp_path)
+    processes = chaos_train.start(2, words, tmp_path, devices=1)
     chaos_train.wait_until((run / "checkpoints/8").exists, processes)
     processes[1].send_signal(signal.SIGTERM)
     assert chaos_train.codes(processes, 60) == [75, 75], (tmp_path / "0.txt").read_text()
@@ -30,7 +37,7 @@ def test_two_processes_stopped_and_killed(tmp_path):
             f"told to stop: saved step {stopped}; the same command goes on" in (tmp_path / f"{index}.txt").read_text()
         )
 
-    processes = chaos_train.start(2, words, devices=1, logs=tmp_path)
+    processes = chaos_train.start(2, words, tmp_path, devices=1)
     chaos_train.wait_until(lambda: chaos_train.saved_step(run) > stopped, processes)
     processes[1].send_signal(signal.SIGKILL)
     found = chaos_train.codes(processes, 60)
@@ -38,14 +45,13 @@ def test_two_processes_stopped_and_killed(tmp_path):
     assert not (run / "result.json").exists()
 
     fit(run)  # two devices of one process
-    assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "whole")]
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run, whole)]
     assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}
 
 
-def test_told_at_any_question(tmp_path):
+def test_told_at_any_question(tmp_path, whole):
     """Between dispatches, in evaluations, before the first step: the run that goes on is the same to the last digit."""
-    fit(tmp_path / "whole")
     again, stops = True, []
     while again:
         questions = iter(range(5))
@@ -55,7 +61,7 @@ def test_told_at_any_question(tmp_path):
         except train.Stopped as error:
             stops.append(int(str(error).split("saved step ")[1].split(";")[0]))
     assert len(stops) > 2 and stops == sorted(stops) and 20 in stops
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     with pytest.raises(train.Stopped, match="told to stop before the first step was done"):
         fit(tmp_path / "new", lambda: True)
     with pytest.raises(train.Stopped, match="told to stop at step 0: nothing is kept, as there is no workdir"):
