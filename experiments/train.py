@@ -200,7 +200,8 @@ def main(argv: list[str]) -> int:
     except RuntimeError as error:
         return command.fail(error)
     with distributed.Stop() as stop:
-        return distributed.leave(one_of_several(options, stop))
+        code = one_of_several(options, stop)
+        return distributed.leave(code, wait=10 if code == 2 else 300)  # 2: perhaps of this process alone
 
 
 @command.exit_code

@@ -33,7 +33,7 @@ AGAIN = 75
 def start(
     count: int, words: list[str], logs: Path, devices: int = 2, cache: Path | None = None
 ) -> list[subprocess.Popen]:
-    """`count` processes of one job on this machine: python WORDS --processes=HOST:PORT,COUNT,INDEX; each prints into INDEX.txt in `logs`."""
+    """`count` processes of one job on this machine: python WORDS --processes=HOST:PORT,COUNT,INDEX > logs/INDEX.txt."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -29,6 +29,13 @@ if index == 0:
 else:
     time.sleep(0.5)
     distributed.meet(30)
+print(distributed.of_first("look", lambda: [index, "looked"]), flush=True)
+try:
+    with distributed.together("read"):
+        if index == 1:
+            raise OSError("no such file")
+except (ValueError, OSError) as error:
+    print(type(error).__name__, error, flush=True)
 with distributed.Watch(limit=1) as watch:
     watch.beat(7 + index)
     time.sleep(30)
@@ -54,6 +61,8 @@ def test_two_processes(tmp_path):
     outputs = [process.communicate(timeout=120) for process in processes]
     for out, _ in outputs:
         assert "the processes differ in the config: seed is 0 on process 0; 1 on process 1" in out
+        assert "[0, 'looked']" in out
+    assert "ValueError process 1: no such file" in outputs[0][0] and "OSError no such file" in outputs[1][0]
     assert "waited 0.3 s to save step 5: process 1 did not come" in outputs[0][0]
     assert "no step for 1 s" in outputs[0][1] + outputs[1][1]
     assert any("furthest behind, at step 7: process 0" in err for _, err in outputs)

@@ -82,7 +82,8 @@ def start(
         missing = ", ".join(name for name, value in given.items() if value is None)
         hint = f"; not given: {missing}" if missing else ""
         words = " ".join(str(error).split())
-        raise RuntimeError(f"the processes did not come together within {wait} s{hint} ({words[:300]})") from None
+        kind = Missing if "DEADLINE_EXCEEDED" in words else RuntimeError
+        raise kind(f"the processes did not come together within {wait} s{hint} ({words[:300]})") from None
 
 
 def meet(wait: float | int = 300, what: str = "to go on") -> None:
@@ -128,14 +129,14 @@ def of_first(what: str, call: Callable[[], Any], wait: float | int = 300) -> Any
     """What `call` returns on process 0, plain JSON, on every process; none but process 0 calls it."""
     folder, value = f"first/{next(_meetings)}", None
     with together(what, wait):
-        if jax.process_index() == 0:
+        if global_state.process_id == 0:
             value = call()
             _tell(folder, json.dumps(value))
-    return value if jax.process_count() == 1 else json.loads(_told(folder)[0])
+    return value if _count() == 1 else json.loads(_told(folder)[0])
 
 
-def leave(code: int, wait: float | int = 10) -> int:
-    """The exit code, for the others are leaving too; where they are not, it ends this process, and JAX then them."""
+def leave(code: int, wait: float | int = 300) -> int:
+    """The exit code, when all others are here too; where they do not come, ends this process, and JAX then them."""
     if global_state.client is not None:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -182,7 +183,7 @@ class Watch:
 
     def __init__(self, limit: float | int = 600):
         self.limit, self._step, self._last, self._done = limit, 0, time.monotonic(), threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True) if limit and jax.process_count() > 1 else None
+        self._thread = threading.Thread(target=self._run, daemon=True) if limit and _count() > 1 else None
 
     def beat(self, step: int) -> None:
         """This process has done the step."""
@@ -197,10 +198,11 @@ class Watch:
             if time.monotonic() - self._last > self.limit:
                 steps = {rank: int(text) for rank, text in _told("beat").items()}
                 least = min(steps.values(), default=0)
-                behind = [rank for rank in range(jax.process_count()) if steps.get(rank, 0) == least]
+                behind = [rank for rank in range(_count()) if steps.get(rank, 0) == least]
                 print(
-                    f"process {jax.process_index()}: no step for {self.limit} s, the last was {self._step}; furthest "
-                    f"behind, at step {least}: process {', '.join(map(str, behind))}. Ending: start the job again",
+                    f"process {global_state.process_id}: no step for {self.limit} s, the last was {self._step}; "
+                    f"furthest behind, at step {least}: process {', '.join(map(str, behind))}. Ending: start the job"
+                    " again",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -215,14 +217,19 @@ class Watch:
         self._done.set()
 
 
+def _count() -> int:
+    """Of the processes that `start` brought together; asks no device, as jax.process_count does."""
+    return 1 if global_state.client is None else global_state.num_processes
+
+
 def _tell(folder: str, text: str) -> None:
-    if jax.process_count() > 1:
-        global_state.client.key_value_set(f"xlstm_jax/{folder}/{jax.process_index()}", text, allow_overwrite=True)
+    if _count() > 1:
+        global_state.client.key_value_set(f"xlstm_jax/{folder}/{global_state.process_id}", text, allow_overwrite=True)
 
 
 def _told(folder: str) -> dict[int, str]:
     """What each process has told so far."""
-    if jax.process_count() == 1:
+    if _count() == 1:
         return {}
     return {
         int(key.rpartition("/")[2]): text for key, text in global_state.client.key_value_dir_get(f"xlstm_jax/{folder}/")
@@ -231,9 +238,9 @@ def _told(folder: str) -> dict[int, str]:
 
 def _all_told(folder: str, wait: float | int, what: str) -> dict[int, str]:
     deadline = time.monotonic() + wait
-    while len(told := _told(folder)) < jax.process_count() > 1:
+    while len(told := _told(folder)) < _count() > 1:
         if time.monotonic() > deadline:
-            missing = [str(rank) for rank in range(jax.process_count()) if rank not in told]
+            missing = [str(rank) for rank in range(_count()) if rank not in told]
             raise Missing(f"waited {wait} s {what}: process {', '.join(missing)} did not come")
         time.sleep(0.05)
     return told
