@@ -188,6 +188,7 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--profile", type=int, default=0, help="trace so many steps into WORKDIR/profile")
     arguments.add_argument("--processes", help="auto, HOST:PORT,COUNT,INDEX or HOST:PORT: this is one of several")
     arguments.add_argument("--stall_limit", type=int, default=1800, help="seconds that one waits for another")
+    arguments.add_argument("--start_limit", type=int, default=300, help="seconds for all to come together")
     arguments.add_argument(
         "--heartbeat", type=int, default=60, help="seconds of silence after which one counts as dead"
     )
@@ -196,7 +197,9 @@ def main(argv: list[str]) -> int:
         with distributed.Stop() as stop:
             return train_as_told(options, stop)
     try:
-        distributed.join(options.processes, heartbeat=options.heartbeat)
+        distributed.join(options.processes, wait=options.start_limit, heartbeat=options.heartbeat)
+    except distributed.Missing as error:
+        return command.fail(error, distributed.AGAIN)
     except RuntimeError as error:
         return command.fail(error)
     with distributed.Stop() as stop:

@@ -95,7 +95,7 @@ class Chaos:
         self.worst = {signal.SIGKILL: 0, signal.SIGTERM: 0}
 
     def job(self, workdir: Path, count: int | None = None) -> list[subprocess.Popen]:
-        words = ["-m", "experiments.train", *CONFIG, f"--workdir={workdir}", "--heartbeat=10"]
+        words = ["-m", "experiments.train", *CONFIG, f"--workdir={workdir}", "--heartbeat=10", "--start_limit=40"]
         return start(count or self.count, words, logs=self.logs, cache=self.folder / "cache")
 
     def finish(self, workdir: Path) -> None:
