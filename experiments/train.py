@@ -198,8 +198,6 @@ def main(argv: list[str]) -> int:
             return train_as_told(options, stop)
     try:
         distributed.join(options.processes, wait=options.start_limit, heartbeat=options.heartbeat)
-    except distributed.Missing as error:
-        return command.fail(error, distributed.AGAIN)
     except RuntimeError as error:
         return command.fail(error)
     with distributed.Stop() as stop:

@@ -3,8 +3,10 @@
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from xlstm_jax import distributed
@@ -87,3 +89,15 @@ def test_one_process_waits_for_nobody():
 def test_what_is_missing(arguments, message, monkeypatch):
     with pytest.raises((ValueError, RuntimeError), match=message):
         distributed.start(*arguments, wait=1)
+
+
+def test_a_start_that_nobody_else_comes_to(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: time.sleep(0.3))
+    monkeypatch.setattr(distributed.os, "_exit", ended.append)
+    distributed.start("localhost:1", 2, 1, wait=0.05)
+    assert ended == [distributed.AGAIN]
+    assert "process 1 at localhost:1: not all others came within 0.05 s" in capsys.readouterr().err
+    distributed.start("localhost:1", 2, 1, wait=5)
+    time.sleep(0.1)
+    assert len(ended) == 1

@@ -73,17 +73,29 @@ def start(
             raise ValueError(f"address is {address!r}: host:port of process 0 is needed")
         if not 0 <= index < count:
             raise ValueError(f"index is {index}: the number of one of {count} processes is needed, counted from 0")
-    seconds = dict(initialization_timeout=int(wait), heartbeat_timeout_seconds=int(heartbeat))
+    # JAX ends a process that waited too long by an abort: the limit is kept here, and told to it as a later one
+    seconds = dict(initialization_timeout=int(wait) + 60, heartbeat_timeout_seconds=int(heartbeat))
     if None not in given.values():
         seconds["cluster_detection_method"] = "deactivate"  # SLURM's would leave each process one GPU of its node
+    alarm = threading.Timer(wait, _nobody_came, (index, address, wait))
+    alarm.daemon = True
+    alarm.start()
     try:
         jax.distributed.initialize(address, count, index, **seconds)
     except (ValueError, RuntimeError) as error:
         missing = ", ".join(name for name, value in given.items() if value is None)
         hint = f"; not given: {missing}" if missing else ""
         words = " ".join(str(error).split())
-        kind = Missing if "DEADLINE_EXCEEDED" in words else RuntimeError
-        raise kind(f"the processes did not come together within {wait} s{hint} ({words[:300]})") from None
+        raise RuntimeError(f"the processes did not come together within {wait} s{hint} ({words[:300]})") from None
+    finally:
+        alarm.cancel()
+
+
+def _nobody_came(index: int | None, address: str | None, wait: float | int) -> None:
+    me, where = "this process" if index is None else f"process {index}", f" at {address}" if address else ""
+    print(f"error: {me}{where}: not all others came within {wait} s. Ending: start the job again", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(AGAIN)
 
 
 def meet(wait: float | int = 300, what: str = "to go on") -> None:
