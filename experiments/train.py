@@ -1,11 +1,16 @@
 """One run: python -m experiments.train --config=configs/F.py[:arg] --workdir=DIR [--config.a.b=v]; repeat it to resume.
 
-Exit codes: 0 finished, 1 diverged, 2 something in the config, the data or the folder is wrong (one line says what).
+On several hosts, which see one --workdir, the same command runs on each with --processes: auto (TPU pods and SLURM know
+who is who), or HOST:PORT,COUNT,INDEX (process 0's address, how many, which this is; on SLURM HOST:PORT is enough).
+
+Exit codes: 0 finished, 1 diverged, 2 something in the config, the data or the folder is wrong (one line says what),
+75 told to stop (SIGTERM, preemption) or a process was lost: the same command goes on.
 """
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +32,47 @@ from experiments.build import (
     resolve,
     step_options,
 )
-from xlstm_jax import metrics, precision, sharding, train
+from xlstm_jax import distributed, metrics, precision, sharding, train
 from xlstm_jax.checkpoint import FORMAT
 from xlstm_jax.data import tokenizers
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True, profile: int = 0) -> dict[str, Any]:
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    progress: bool = True,
+    profile: int = 0,
+    told: Callable[[], bool] = lambda: False,
+    stall_limit: int = 1800,
+) -> dict[str, Any]:
     """Train as `config` says, or go on with it, or return what a finished run in `workdir` found: the result row.
 
-    profile: trace that many steps into `workdir`/profile.
+    profile: trace that many steps into `workdir`/profile. told, stall_limit: see `train.fit`.
     """
     workdir = Path(workdir).absolute()
-    plain = resolve(config)
-    task = build_task(plain)
-    tx = build_optimizer(plain)
-    graphdef, shapes = abstract_model(plain, task)
-    mesh = build_mesh(plain, nnx.merge(graphdef, shapes), task)
-    data_hash = getattr(task, "data_hash", None)
-    found = check_workdir(workdir, plain, data_hash)
+    with distributed.together("read the config"):
+        plain = resolve(config)
+    environment = metrics.environment()
+    distributed.agree(
+        "config or code", flatten({"config": plain, **{n: environment[n] for n in ("commit", "versions")}})
+    )
+    with distributed.together("prepare the run"):
+        task = build_task(plain)
+        tx = build_optimizer(plain)
+        graphdef, shapes = abstract_model(plain, task)
+        mesh = build_mesh(plain, nnx.merge(graphdef, shapes), task)
+        data_hash = getattr(task, "data_hash", None)
+        found = check_workdir(workdir, plain, data_hash)
+    distributed.agree("data", {"hash": data_hash})
     if found is not None:
         return found
     use_compilation_cache()
-    environment = metrics.environment()
     environment["precision"] |= recorded_dtypes(plain)
     record = {"id": workdir.name, "config": plain} | environment | {"data_hash": data_hash}
     stored = None if mesh is None else sharding.parameter_shardings(nnx.merge(graphdef, shapes), mesh)
     params = jax.jit(lambda seed: nnx.split(build_model(plain, task, seed))[1], out_shardings=stored)(plain["seed"])
     names = (*COUNTS, *INTERVALS)
-    if hasattr(task, "coder"):
+    if hasattr(task, "coder") and jax.process_index() == 0:
         tokenizers.save(task.coder, workdir / "tokenizer")
     with sharding.use(mesh):
         return train.fit(
@@ -68,6 +86,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, progress: bool = True, p
             progress=progress,
             label=workdir.name,
             record=record,
+            told=told,
+            stall_limit=stall_limit,
         )
 
 
@@ -78,11 +98,14 @@ def recorded_dtypes(plain: dict[str, Any]) -> dict[str, str]:
 
 
 def build_mesh(plain: dict[str, Any], model: nnx.Module, task) -> Mesh | None:
-    """The mesh that the config names, checked against devices, batches, time and heads; None for one device."""
-    if not plain.get("mesh"):
+    """The mesh that the config names, checked against devices, batches, time and heads; None for one device.
+
+    Several processes divide the rows over all devices where the config names none.
+    """
+    if not plain.get("mesh") and jax.process_count() == 1:
         return None
     try:
-        mesh = sharding.make_mesh(plain["mesh"])
+        mesh = sharding.make_mesh(plain.get("mesh"))
         batches = {name: plain[name] for name in ("batch_size", "eval_batch_size")}
         sharding.check(mesh, batch_sizes=batches, seq_len=getattr(task, "seq_len", None), model=model)
     except ValueError as error:
@@ -163,15 +186,56 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--config", required=True, help="FILE.py[:arg]")
     arguments.add_argument("--workdir", type=command.folder, required=True, help="folder of the run")
     arguments.add_argument("--profile", type=int, default=0, help="trace so many steps into WORKDIR/profile")
+    arguments.add_argument("--processes", help="auto, HOST:PORT,COUNT,INDEX or HOST:PORT: this is one of several")
+    arguments.add_argument("--stall_limit", type=int, default=1800, help="seconds that one waits for another")
+    arguments.add_argument("--start_limit", type=int, default=300, help="seconds for all to come together")
+    arguments.add_argument(
+        "--heartbeat", type=int, default=60, help="seconds of silence after which one counts as dead"
+    )
     options = arguments.with_overrides(argv)
-    config, module = planning.read(options.config, options.overrides)
+    if options.processes is None:
+        with distributed.Stop() as stop:
+            return train_as_told(options, stop)
+    try:
+        distributed.join(options.processes, wait=options.start_limit, heartbeat=options.heartbeat)
+    except RuntimeError as error:
+        return command.fail(error)
+    with distributed.Stop() as stop:
+        code = one_of_several(options, stop)
+        return distributed.leave(code, wait=10 if code == 2 else 300)  # 2: perhaps of this process alone
+
+
+@command.exit_code
+def one_of_several(options, stop: distributed.Stop) -> int:
+    """`train_as_told`, where the end of another process is one line too."""
+    try:
+        return train_as_told(options, stop)
+    except (jax.errors.JaxRuntimeError, distributed.Missing) as error:
+        words = " ".join(str(error).split())[:300]
+        own = words.startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"))  # not a lost process
+        return command.fail(f"process {jax.process_index()} cannot go on: {words}", 1 if own else distributed.AGAIN)
+
+
+def train_as_told(options, stop: distributed.Stop) -> int:
+    """The run of the command line; its exit code."""
+    with distributed.together("read the config file"):
+        config, module = planning.read(options.config, options.overrides)
+    first = jax.process_index() == 0
     result = options.workdir / "result.json"
     finished = result.exists()
-    print(planning.headline(options.config, module, [config], options.workdir), flush=True)
+    if first:
+        print(planning.headline(options.config, module, [config], options.workdir), flush=True)
     try:
-        row = run(config, options.workdir, profile=options.profile)
+        limits = dict(profile=options.profile, stall_limit=options.stall_limit)
+        row = run(config, options.workdir, told=stop.told, **limits)
     except train.Diverged as error:
         return command.fail(error, 1)
+    except train.Stopped as error:
+        if first:
+            print(f"{options.workdir.name}: {error}", file=sys.stderr)
+        return distributed.AGAIN
+    if not first:
+        return 0
     found = {name: value for name, value in row.items() if name.startswith(("valid_", "test_"))}
     scores = [f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float)]
     done = f"already finished, nothing was trained; {result} has" if finished else "finished:"

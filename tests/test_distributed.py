@@ -3,8 +3,10 @@
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from xlstm_jax import distributed
@@ -29,6 +31,13 @@ if index == 0:
 else:
     time.sleep(0.5)
     distributed.meet(30)
+print(distributed.of_first("look", lambda: [index, "looked"]), flush=True)
+try:
+    with distributed.together("read"):
+        if index == 1:
+            raise OSError("no such file")
+except (ValueError, OSError) as error:
+    print(type(error).__name__, error, flush=True)
 with distributed.Watch(limit=1) as watch:
     watch.beat(7 + index)
     time.sleep(30)
@@ -54,10 +63,12 @@ def test_two_processes(tmp_path):
     outputs = [process.communicate(timeout=120) for process in processes]
     for out, _ in outputs:
         assert "the processes differ in the config: seed is 0 on process 0; 1 on process 1" in out
+        assert "[0, 'looked']" in out
+    assert "ValueError process 1: no such file" in outputs[0][0] and "OSError no such file" in outputs[1][0]
     assert "waited 0.3 s to save step 5: process 1 did not come" in outputs[0][0]
     assert "no step for 1 s" in outputs[0][1] + outputs[1][1]
     assert any("furthest behind, at step 7: process 0" in err for _, err in outputs)
-    assert distributed.STALLED in [process.returncode for process in processes]
+    assert distributed.AGAIN in [process.returncode for process in processes]
 
 
 def test_one_process_waits_for_nobody():
@@ -78,3 +89,15 @@ def test_one_process_waits_for_nobody():
 def test_what_is_missing(arguments, message, monkeypatch):
     with pytest.raises((ValueError, RuntimeError), match=message):
         distributed.start(*arguments, wait=1)
+
+
+def test_a_start_that_nobody_else_comes_to(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: time.sleep(0.3))
+    monkeypatch.setattr(distributed.os, "_exit", ended.append)
+    distributed.start("localhost:1", 2, 1, wait=0.05)
+    assert ended == [distributed.AGAIN]
+    assert "process 1 at localhost:1: not all others came within 0.05 s" in capsys.readouterr().err
+    distributed.start("localhost:1", 2, 1, wait=5)
+    time.sleep(0.1)
+    assert len(ended) == 1

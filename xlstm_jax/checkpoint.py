@@ -38,9 +38,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
-        )
+        self._manager = _Manager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def wait(self) -> None:
         """Until all that was saved is on disk."""
@@ -96,6 +94,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax has no common error for what it cannot write
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process was lost
             for half in self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
             reason = _one_line(getattr(error, "strerror", None) or error)
@@ -159,6 +159,8 @@ class Checkpoints:
             with mock.patch.object(asyncio, "new_event_loop", _WaitingLoop):
                 yield
         except Exception as error:  # orbax has no common error for what it cannot read
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, reason: object) -> ValueError:
@@ -179,6 +181,13 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Saves when it is told to, and asks nobody whether the machine is taken away: `distributed.Stop` does."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def damaged(folder: Path) -> str | None:

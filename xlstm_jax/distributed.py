@@ -3,26 +3,54 @@
     start()                                   # TPU pods and SLURM say themselves who is who
     start("10.0.0.1:1234", 4, index)          # or every process is told
     agree("the config", {"steps": 100})       # ValueError on every process where one of them differs
-    with Watch(limit=600) as watch:           # ends the process where no step was done for so long, says who is behind
-        watch.beat(step)
+    with together("read the data"):           # an error of one process becomes one of every process
+        ...
+    with Stop() as stop, Watch(limit=600) as watch:
+        watch.beat(step)                      # ends the process where no step was done for so long, says who is behind
+        stop.told()                           # SIGTERM, or a notice of preemption: True at the same step on all of them
 
 Processes talk through the key-value store of JAX's coordinator, which lives in process 0. A process that dies is
-noticed by the heartbeats of JAX itself, which then ends the others. With one process all of this does nothing.
+noticed by the heartbeats of JAX itself, which then ends the others. With one process all of this does nothing, but
+that SIGTERM is heard.
 """
 
+import contextlib
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax._src.distributed import global_state  # the store has no public name
+from jax.experimental import multihost_utils
 
-STALLED = 75  # exit code (EX_TEMPFAIL) of a process that has waited for too long: start the job again
+AGAIN = 75  # exit code (EX_TEMPFAIL): told to stop, or a process stalled or was lost; the same command goes on
 _meetings = itertools.count()
+_questions = itertools.count(1)  # JAX names one of them, the same on all processes, as that at which all stop
+
+
+class Missing(RuntimeError):
+    """Another process did not come."""
+
+
+def join(processes: str, **options: float | int) -> None:
+    """`start` as a command line says it: auto; HOST:PORT,COUNT,INDEX; HOST:PORT, where SLURM knows the rest."""
+    if processes == "auto":
+        return start(**options)
+    address, *numbers = processes.split(",")
+    if not numbers:
+        numbers = [os.environ.get(name, "") for name in ("SLURM_NTASKS", "SLURM_PROCID")]
+    if len(numbers) != 2 or not all(number.strip().isdecimal() for number in numbers):
+        raise ValueError(
+            f"processes is {processes!r}: auto, HOST:PORT,COUNT,INDEX or, under SLURM (SLURM_NTASKS, SLURM_PROCID),"
+            " HOST:PORT is needed"
+        )
+    start(address, *map(int, numbers), **options)
 
 
 def start(
@@ -45,7 +73,13 @@ def start(
             raise ValueError(f"address is {address!r}: host:port of process 0 is needed")
         if not 0 <= index < count:
             raise ValueError(f"index is {index}: the number of one of {count} processes is needed, counted from 0")
-    seconds = dict(initialization_timeout=int(wait), heartbeat_timeout_seconds=int(heartbeat))
+    # JAX ends a process that waited too long by an abort: the limit is kept here, and told to it as a later one
+    seconds = dict(initialization_timeout=int(wait) + 60, heartbeat_timeout_seconds=int(heartbeat))
+    if None not in given.values():
+        seconds["cluster_detection_method"] = "deactivate"  # SLURM's would leave each process one GPU of its node
+    alarm = threading.Timer(wait, _nobody_came, (index, address, wait))
+    alarm.daemon = True
+    alarm.start()
     try:
         jax.distributed.initialize(address, count, index, **seconds)
     except (ValueError, RuntimeError) as error:
@@ -53,10 +87,19 @@ def start(
         hint = f"; not given: {missing}" if missing else ""
         words = " ".join(str(error).split())
         raise RuntimeError(f"the processes did not come together within {wait} s{hint} ({words[:300]})") from None
+    finally:
+        alarm.cancel()
+
+
+def _nobody_came(index: int | None, address: str | None, wait: float | int) -> None:
+    me, where = "this process" if index is None else f"process {index}", f" at {address}" if address else ""
+    print(f"error: {me}{where}: not all others came within {wait} s. Ending: start the job again", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(AGAIN)
 
 
 def meet(wait: float | int = 300, what: str = "to go on") -> None:
-    """Returns when every process has called it as often as this one; RuntimeError names those that do not come."""
+    """Returns when every process has called it as often as this one; `Missing` names those that do not come."""
     folder = f"meet/{next(_meetings)}"
     _tell(folder, "here")
     _all_told(folder, wait, what)
@@ -77,6 +120,73 @@ def agree(what: str, values: dict[str, Any], wait: float | int = 300) -> None:
             raise ValueError(f"the processes differ in {what}: {name} is {found}")
 
 
+@contextlib.contextmanager
+def together(what: str, wait: float | int = 300) -> Iterator[None]:
+    """A ValueError or OSError of one process within the block is raised on every one, when all are at its end."""
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    folder = f"together/{next(_meetings)}"
+    _tell(folder, "" if error is None else str(error))
+    told = _all_told(folder, wait, f"to {what}")
+    if error is not None:
+        raise error
+    for rank in sorted(rank for rank, text in told.items() if text):
+        raise ValueError(f"process {rank}: {told[rank]}")
+
+
+def of_first(what: str, call: Callable[[], Any], wait: float | int = 300) -> Any:
+    """What `call` returns on process 0, plain JSON, on every process; none but process 0 calls it."""
+    folder, value = f"first/{next(_meetings)}", None
+    with together(what, wait):
+        if global_state.process_id == 0:
+            value = call()
+            _tell(folder, json.dumps(value))
+    return value if _count() == 1 else json.loads(_told(folder)[0])
+
+
+def leave(code: int, wait: float | int = 300) -> int:
+    """The exit code, when all others are here too; where they do not come, ends this process, and JAX then them."""
+    if global_state.client is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            global_state.client.wait_at_barrier("xlstm_jax/leave", int(1000 * wait))
+        except jax.errors.JaxRuntimeError:
+            os._exit(code)
+    return code
+
+
+class Stop:
+    """Whether this job was told to stop: SIGTERM to any of its processes, or a notice that its machine is taken away.
+
+    Several processes agree on the question that is answered with yes, so all must ask equally often.
+    """
+
+    def __init__(self):
+        self._told, self._alone, self._before = False, global_state.client is None, None
+
+    def told(self) -> bool:
+        """Asked between steps; what comes meanwhile waits for the next question."""
+        if not self._told and not self._alone:
+            self._told = multihost_utils.reached_preemption_sync_point(next(_questions))
+        return self._told
+
+    def _hear(self, *_) -> None:
+        self._told = True
+
+    def __enter__(self):
+        if self._alone:  # else JAX listens
+            self._before = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *_):
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
 class Watch:
     """Ends this process with exit code 75 where `beat` was not called for `limit` seconds; says who is how far.
 
@@ -85,7 +195,7 @@ class Watch:
 
     def __init__(self, limit: float | int = 600):
         self.limit, self._step, self._last, self._done = limit, 0, time.monotonic(), threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True) if limit and jax.process_count() > 1 else None
+        self._thread = threading.Thread(target=self._run, daemon=True) if limit and _count() > 1 else None
 
     def beat(self, step: int) -> None:
         """This process has done the step."""
@@ -100,14 +210,15 @@ class Watch:
             if time.monotonic() - self._last > self.limit:
                 steps = {rank: int(text) for rank, text in _told("beat").items()}
                 least = min(steps.values(), default=0)
-                behind = [rank for rank in range(jax.process_count()) if steps.get(rank, 0) == least]
+                behind = [rank for rank in range(_count()) if steps.get(rank, 0) == least]
                 print(
-                    f"process {jax.process_index()}: no step for {self.limit} s, the last was {self._step}; furthest "
-                    f"behind, at step {least}: process {', '.join(map(str, behind))}. Ending: start the job again",
+                    f"process {global_state.process_id}: no step for {self.limit} s, the last was {self._step}; "
+                    f"furthest behind, at step {least}: process {', '.join(map(str, behind))}. Ending: start the job"
+                    " again",
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(STALLED)
+                os._exit(AGAIN)
 
     def __enter__(self):
         if self._thread:
@@ -118,14 +229,19 @@ class Watch:
         self._done.set()
 
 
+def _count() -> int:
+    """Of the processes that `start` brought together; asks no device, as jax.process_count does."""
+    return 1 if global_state.client is None else global_state.num_processes
+
+
 def _tell(folder: str, text: str) -> None:
-    if jax.process_count() > 1:
-        global_state.client.key_value_set(f"xlstm_jax/{folder}/{jax.process_index()}", text, allow_overwrite=True)
+    if _count() > 1:
+        global_state.client.key_value_set(f"xlstm_jax/{folder}/{global_state.process_id}", text, allow_overwrite=True)
 
 
 def _told(folder: str) -> dict[int, str]:
     """What each process has told so far."""
-    if jax.process_count() == 1:
+    if _count() == 1:
         return {}
     return {
         int(key.rpartition("/")[2]): text for key, text in global_state.client.key_value_dir_get(f"xlstm_jax/{folder}/")
@@ -134,9 +250,9 @@ def _told(folder: str) -> dict[int, str]:
 
 def _all_told(folder: str, wait: float | int, what: str) -> dict[int, str]:
     deadline = time.monotonic() + wait
-    while len(told := _told(folder)) < jax.process_count() > 1:
+    while len(told := _told(folder)) < _count() > 1:
         if time.monotonic() > deadline:
-            missing = [str(rank) for rank in range(jax.process_count()) if rank not in told]
-            raise RuntimeError(f"waited {wait} s {what}: process {', '.join(missing)} did not come")
+            missing = [str(rank) for rank in range(_count()) if rank not in told]
+            raise Missing(f"waited {wait} s {what}: process {', '.join(missing)} did not come")
         time.sleep(0.05)
     return told

@@ -11,7 +11,7 @@ window's length, and windows of all lengths share one compiled program.
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
+from . import sharding
 from .cells.arguments import is_integer
 from .data.tokenizers import Tokenizer
 from .generate import bucket, check_ids
+from .kernels import local
 
 
 def token_scores(
@@ -66,7 +68,7 @@ class TaskShell:
 @functools.partial(jax.jit, static_argnames=("graphdef", "shell", "split", "batch_size"), donate_argnames="carry")
 def _batch_sums(params, arrays, carry, seed, step, *, graphdef, shell, split, batch_size):
     task, model = shell.join(arrays), nnx.merge(graphdef, params)
-    batch = task.batch(split, seed, step, batch_size)
+    batch = jax.tree.map(local.activations, task.batch(split, seed, step, batch_size))
     logits, state = model(batch.inputs, carry if task.carries_state else None, batch.mask, batch.reset)
     nll, correct = getattr(task, "scores", token_scores)(logits, batch.targets)
     weights = batch.weights.astype(nll.dtype)
@@ -79,15 +81,22 @@ def _batch_sums(params, arrays, carry, seed, step, *, graphdef, shell, split, ba
         member = task.bucket(batch)[:, None] == jnp.arange(len(task.buckets()))[None]
         for name, values in (("correct", correct * weights), ("weight", weights)):
             sums[f"{name}_by_length"] = jnp.sum(jnp.sum(values, axis=1)[:, None] * member, axis=0)
-    return sums, state if task.carries_state else ()
+    return sharding.whole(sums), sharding.carried(state, model) if task.carries_state else ()
 
 
-def evaluate_params(graphdef, params: PyTree, task, split: str, batch_size: int, seed=0) -> dict[str, Any]:
-    """Metrics of the split, by `task.metrics`; sums are float32 within a batch, float64 over batches."""
+def evaluate_params(
+    graphdef, params: PyTree, task, split: str, batch_size: int, seed=0, between: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Metrics of the split, by `task.metrics`; sums are float32 within a batch, float64 over batches.
+
+    between: called before every batch.
+    """
     arrays, shell = split_task(task)
-    carry = nnx.merge(graphdef, params).initial_state(batch_size) if task.carries_state else ()
+    model = nnx.merge(graphdef, params)
+    carry = sharding.carried(model.initial_state(batch_size), model) if task.carries_state else ()
     sums = []
     for step in range(task.num_batches(split, batch_size)):
+        between()
         one, carry = _batch_sums(
             params,
             arrays,

@@ -4,14 +4,14 @@ import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from xlstm_jax import metrics
+from xlstm_jax import distributed, metrics
 from xlstm_jax.checkpoint import Checkpoints
 
 
@@ -19,8 +19,15 @@ class Diverged(RuntimeError):
     """Loss or gradient became infinite or NaN, or too many bad steps came; the state still is that before the last."""
 
 
+class Stopped(RuntimeError):
+    """The job was told to stop, and did so; the message says at which step the same command goes on."""
+
+
 class Run:
-    """State and step of a run, and all that it writes; one dispatch is `pending`, computed while the host goes on."""
+    """State and step of a run, and all that it writes; one dispatch is `pending`, computed while the host goes on.
+
+    Of several processes all save, each its part, and only process 0 writes anything else.
+    """
 
     def __init__(
         self,
@@ -50,6 +57,7 @@ class Run:
         self._clock = metrics.Clock() if clock is None else clock
         self._window, self._rollbacks, self._compiled = [], 0, False
         self._profile, self._tracing = profile, None
+        self._saved, self._first = 0, jax.process_index() == 0
         self.checkpoints = self._lines = self._timing = None
         if workdir is not None:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -61,7 +69,7 @@ class Run:
             except BaseException:
                 self.checkpoints.close()
                 raise
-        self._progress = metrics.Progress(steps, self.step, label, enabled=progress)
+        self._progress = metrics.Progress(steps, self.step, label, enabled=progress and self._first)
         if self.step:
             self._progress.note(f"resumed at step {self.step}")
         for warning in self.checkpoints.warnings if self.checkpoints else ():
@@ -69,7 +77,9 @@ class Run:
 
     def _restore(self) -> None:
         """State and step of the newest intact checkpoint, or of step 0."""
-        saved = self.checkpoints.newest_intact()
+        self.checkpoints.wait()
+        saved = distributed.of_first("find the newest checkpoint", self.checkpoints.newest_intact)
+        self._saved = saved or 0
         if saved is None:
             self.state, self.step = self.state if self.step == 0 else self._start(), 0
             return
@@ -85,6 +95,11 @@ class Run:
 
     def _open_lines(self) -> None:
         """metrics.jsonl and timing.jsonl as they were when this step was saved, ready for what follows."""
+        with distributed.together("open the files of the run"):
+            if self._first:
+                self._reopen_lines()
+
+    def _reopen_lines(self) -> None:
         metrics.truncate(self._workdir / "metrics.jsonl", self.step)
         spent = metrics.truncate(self._workdir / "timing.jsonl", self.step)
         if self._timing is None and spent:
@@ -94,6 +109,8 @@ class Run:
                     f" {spent[-1]['step']}: restore or delete the file"
                 )
             self._clock.resume(spent[-1]["seconds"], spent[-1]["spent"])
+        stops = [row for row in spent if row["step"] == self.step and "window" in row]
+        self._window = stops[-1]["window"] if stops else []
         self._lines = metrics.Lines(self._workdir / "metrics.jsonl")
         self._timing = metrics.Lines(self._workdir / "timing.jsonl")
 
@@ -162,6 +179,7 @@ class Run:
         if self._lines:
             self._lines.close()
             self._timing.close()
+        if self.checkpoints:
             self._open_lines()
         self._progress.note(f"step {step} was bad: {_words(row)}; back at step {self.step}, {moved_on} batches on")
 
@@ -184,10 +202,24 @@ class Run:
 
     def save(self, step: int, state: PyTree) -> None:
         """A checkpoint; the next train line begins here, so that a resumed run writes the same one."""
-        self._window, self._rollbacks = [], 0
+        self._window, self._rollbacks, self._saved = [], 0, step
         if self.checkpoints:
             with self._clock("checkpoint"):
                 self.checkpoints.save(step, state)
+
+    def stop(self) -> NoReturn:
+        """Saves this step, with what the next train line is to be the mean of; ends in `Stopped`."""
+        self.read_pending()
+        if self.checkpoints is None:
+            raise Stopped(f"told to stop at step {self.step}: nothing is kept, as there is no workdir")
+        if self.step == 0:
+            raise Stopped("told to stop before the first step was done: the same command starts again")
+        if self.step != self._saved:
+            if self._timing:
+                self._timing.write(step=self.step, **self._clock.row(), window=self._window)
+            self.save(self.step, self.state)
+        self.checkpoints.wait()
+        raise Stopped(f"told to stop: saved step {self.step}; the same command goes on")
 
     def write_evaluation(self, step: int, results: dict[str, dict[str, Any]]) -> None:
         for split, found in results.items():

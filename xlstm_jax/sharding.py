@@ -194,7 +194,7 @@ def state_specs(state: PyTree, model: nnx.Module, sizes: Mapping[str, int]) -> P
 
 def _row_axes(model: nnx.Module):
     """Of each leaf of the model's state, in order, the spec that divides its rows."""
-    shapes = [jax.tree.leaves(nnx.eval_shape(partial(model.initial_state, batch))) for batch in (2, 3)]
+    shapes = [jax.tree.leaves(nnx.eval_shape(lambda rows=batch: model.initial_state(rows))) for batch in (2, 3)]
     for two, three in zip(*shapes, strict=True):
         axis = next(n for n, (a, b) in enumerate(zip(two.shape, three.shape)) if a != b)
         yield PartitionSpec(*(None,) * axis, local.ROWS)
@@ -206,6 +206,29 @@ def keep(state: PyTree, graphdef: nnx.GraphDef) -> PyTree:
     if math.prod(sizes.values()) == 1:
         return state
     specs = state_specs(state, nnx.merge(graphdef, state.params), sizes)
+    return jax.tree.map(jax.lax.with_sharding_constraint, state, specs)
+
+
+def whole(tree: PyTree) -> PyTree:
+    """Every array on every device, so that every process can read it; as it is without a mesh."""
+    if math.prod(local.sizes().values()) == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+
+def everywhere(arrays: PyTree) -> PyTree:
+    """What every process has read alike (a corpus), as arrays of the whole mesh; as it is without one."""
+    if math.prod(local.sizes().values()) == 1:
+        return arrays
+    put = partial(jax.make_array_from_process_local_data, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))
+    return jax.tree.map(lambda x: put(np.asarray(x), x.shape), arrays)
+
+
+def carried(state: PyTree, model: nnx.Module) -> PyTree:
+    """A model's recurrent state with its rows divided over the mesh; as it is without one."""
+    if math.prod(local.sizes().values()) == 1:
+        return state
+    specs = jax.tree.unflatten(jax.tree.structure(state), list(_row_axes(model)))
     return jax.tree.map(jax.lax.with_sharding_constraint, state, specs)
 
 

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from xlstm_jax import guard, metrics, optim, sharding
+from xlstm_jax import distributed, guard, metrics, optim, sharding
 from xlstm_jax.checkpoint import FORMAT
 from xlstm_jax.evaluate import TaskShell, evaluate_params, split_task, token_scores
 from xlstm_jax.kernels import local
@@ -20,6 +20,7 @@ from xlstm_jax.names import unknown
 from xlstm_jax.regularizers import activation_l2, neighbours, temporal_l2
 from xlstm_jax.run import Diverged as Diverged
 from xlstm_jax.run import Run
+from xlstm_jax.run import Stopped as Stopped
 from xlstm_jax.tasks.task import SPLITS, check
 
 
@@ -255,12 +256,13 @@ def _dispatch(
         state, row = step(state)
         return state, jax.tree.map(lambda h, x: h.at[i].set(x), history, row)
 
-    return jax.lax.fori_loop(0, count, body, (state, history))
+    state, history = jax.lax.fori_loop(0, count, body, (state, history))
+    return state, sharding.whole(history)
 
 
 @partial(jax.jit, static_argnames=("shell", "split", "batch_size"))
 def _draw(arrays, seed, step, *, shell, split, batch_size):
-    return shell.join(arrays).batch(split, seed, step, batch_size)
+    return sharding.whole(shell.join(arrays).batch(split, seed, step, batch_size))
 
 
 def check_data(task, split: str, batch_size: int, seed: int, step: int = 0) -> None:
@@ -295,6 +297,8 @@ def fit(
     progress: bool = True,
     label: str = "train",
     record: dict[str, Any] | None = None,
+    told: Callable[[], bool] = lambda: False,
+    stall_limit: int = 1800,
 ) -> dict[str, Any]:
     """Train, resuming from the newest intact checkpoint in `workdir`; leaves the final parameters in `model`.
 
@@ -304,7 +308,10 @@ def fit(
     `eval_every`, `save_every` = 0: only at the end. A train line is the mean since the line or checkpoint before it.
     `options`: what a step does beside a plain update. `max_bad_steps`: so many bad steps in a row, or rollbacks to one
     checkpoint, that one more ends the run. `keep_last` checkpoints are kept, and those of every `keep_every` steps (0:
-    no others). `profile`: trace so many steps, once all is compiled, into `workdir`/profile.
+    no others). `profile`: trace so many steps, once all is compiled, into `workdir`/profile. `told`: asked between
+    dispatches and between batches of an evaluation; where it says yes (`distributed.Stop`), the step is saved, and
+    `Stopped` raised. Several processes need a mesh over all their devices, and one `workdir` that all see; where one
+    of them waits for `stall_limit` seconds (0: for ever), it says for whom, and ends.
     """
     counts = {
         "steps": steps,
@@ -321,12 +328,17 @@ def fit(
     for name, value in {"eval_every": eval_every, "save_every": save_every}.items():
         if value < 0:
             raise ValueError(f"{name} is {value}: it must be positive, or 0 for the end only")
-    for name, value in {"keep_every": keep_every, "profile": profile}.items():
+    for name, value in {"keep_every": keep_every, "profile": profile, "stall_limit": stall_limit}.items():
         if value < 0:
             raise ValueError(f"{name} is {value}: it must be positive, or 0 for none")
     if profile and workdir is None:
         raise ValueError(f"profile is {profile}: the trace needs a workdir to be written into")
     check_options(options, batch_size)
+    processes, mesh = jax.process_count(), jax.sharding.get_mesh()
+    if processes > 1 and mesh.size != jax.device_count():
+        raise ValueError(
+            f"{processes} processes need a mesh over all {jax.device_count()} devices: use sharding.use(mesh)"
+        )
     clock = metrics.Clock()
     with clock("start_up"):
         for split in SPLITS:
@@ -334,9 +346,11 @@ def fit(
         workdir = None if workdir is None else Path(workdir)
         graphdef, params = nnx.split(model)
         parameters = sum(x.size for x in jax.tree.leaves(params))
-        if record and workdir is not None and not (workdir / "config.json").exists():
+        first = jax.process_index() == 0
+        if first and record and workdir is not None and not (workdir / "config.json").exists():
             workdir.mkdir(parents=True, exist_ok=True)
             metrics.write_json(workdir / "config.json", record | {"parameters": parameters, "format": FORMAT})
+        task = sharding.everywhere(task) if split_task(task)[0] else task
         arrays, shell = split_task(task)
         start = partial(init_state, model, task, tx, batch_size, seed, options)
         dispatch = partial(
@@ -363,14 +377,22 @@ def fit(
     )
     del state
     every = tuple(each for each in (save_every, eval_every) if each)
-    with run:
+    with run, distributed.Watch(stall_limit) as watch:
+
+        def pause() -> None:
+            watch.beat(run.step)
+            if told():
+                run.stop()
+
         while True:
+            if run.step < steps:
+                pause()
             at, final = run.step, run.step == steps
             if final or (eval_every and at and at % eval_every == 0):
                 with clock("evaluation"):
                     weights = run.state.average if options.ema else run.state.params
                     results = {
-                        split: evaluate_params(graphdef, weights, task, split, eval_batch_size)
+                        split: evaluate_params(graphdef, weights, task, split, eval_batch_size, 0, pause)
                         for split in (("valid", "test") if final else ("valid",))
                     }
                     for split, found in results.items():
@@ -399,5 +421,6 @@ def fit(
         )
         if workdir is not None:
             run.checkpoints.wait()  # a result stands only beside a complete checkpoint
-            metrics.write_json(workdir / "result.json", result)
+            if first:
+                metrics.write_json(workdir / "result.json", result)
     return result
