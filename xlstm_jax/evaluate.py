@@ -22,6 +22,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from .cells.arguments import is_integer
 from .data.tokenizers import Tokenizer
+from .feed import Feed, is_fed
 from .generate import bucket, check_ids
 
 
@@ -86,8 +87,11 @@ def evaluate_params(graphdef, params: PyTree, task, split: str, batch_size: int,
     """Metrics of the split, by `task.metrics`; sums are float32 within a batch, float64 over batches."""
     arrays, shell = split_task(task)
     carry = nnx.merge(graphdef, params).initial_state(batch_size) if task.carries_state else ()
+    feed = Feed(task, split, seed, batch_size) if is_fed(task) else None
     sums = []
     for step in range(task.num_batches(split, batch_size)):
+        if feed:
+            arrays, shell = split_task(feed.take(step, 1))
         one, carry = _batch_sums(
             params,
             arrays,
