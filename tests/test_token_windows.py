@@ -1,4 +1,4 @@
-"""Batches that the host reads: those of `data.windows` whatever the shards, and training on them, resumed to the digit."""
+"""Batches that the host reads: those of `data.windows` for any shards; training on them, resumed to the digit."""
 
 import json
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from tests.stand_in import TinyRNN
 from xlstm_jax import feed, metrics, optim, sharding, tasks, train
 from xlstm_jax.checkpoint import Checkpoints
-from xlstm_jax.data import windows
+from xlstm_jax.data import lookup, tokenizers, windows
 from xlstm_jax.evaluate import evaluate
 
 SETTINGS = dict(batch_size=4, log_every=2, steps_per_dispatch=3, save_every=4, progress=False)
@@ -40,7 +40,8 @@ def documents(tmp_path_factory):
 
 
 def task(corpus, rows="streams", **options):
-    return tasks.make("token_windows", corpus=corpus, seq_len=8, rows=rows, tokenizer="bytes+end", **options)
+    options = dict(seq_len=8, rows=rows, carries_state=rows == "streams", tokenizer="bytes+end") | options
+    return tasks.make("token_windows", corpus=corpus, **options)
 
 
 def fit(task, workdir, steps=10, **settings):
@@ -68,7 +69,7 @@ def test_shards_make_the_batches_of_the_source_at_any_step(documents, rows):
         same(whole, host.batch("train", 3, step, 4))
         tasks.check(whole, host)
         assert whole.reset[whole.inputs == 256].all() if rows != "packed" else whole.mask is not None
-    assert host.carries_state == (rows == "streams") and host.vocab_size == host.num_classes == 257
+    assert host.vocab_size == host.num_classes == 257
 
 
 @pytest.mark.parametrize("corpus", ["text", "documents"])
@@ -89,8 +90,9 @@ def test_evaluation_reads_what_text_lm_reads(corpus, request):
 
 def test_streams_train_as_those_of_text_lm_where_they_begin_alike(text, tmp_path, monkeypatch):
     def draw(source, turn, bound):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(source.seed), 0), turn)
-        return int(jax.random.randint(key, (), 0, bound, jax.numpy.int32))
+        with jax.ensure_compile_time_eval():
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(source.seed), 0), turn)
+            return int(jax.random.randint(key, (), 0, bound, jax.numpy.int32))
 
     monkeypatch.setattr(windows.Streams, "_draw", draw)
     device = tasks.make("text_lm", corpus=text, seq_len=8, tokenizer="bytes+end")
@@ -140,7 +142,7 @@ def test_a_mesh_divides_the_rows(documents):
         assert feed.own_rows(4) == (0, 1)
         fed = feed.Feed(host, "train", 0, 4, 2).take(6, 2)
         assert fed.batches.inputs.sharding.spec == PartitionSpec(None, ("data", "fsdp"))
-        same(jax.device_get(fed.batch("train", 0, 7, 4)), host.batch("train", 0, 7, 4))
+        same(jax.device_get(fed.batch("train", 0, np.int32(7), 4)), host.batch("train", 0, 7, 4))
 
 
 def test_each_process_reads_the_rows_that_its_devices_hold(monkeypatch):
@@ -161,7 +163,8 @@ def test_each_process_reads_the_rows_that_its_devices_hold(monkeypatch):
         ({"seq_len": 0}, "seq_len must be at least 1, not 0"),
         ({"seq_len": 900}, "train.npy has 900 tokens: one window of seq_len=900 needs 901"),
         ({"rows": "stream"}, "rows 'stream'; nearest: streams"),
-        ({"rows": "packed"}, "is running text: only documents can be packed"),
+        ({"rows": "windows"}, "rows='windows' do not go on, streams do: set carries_state=False"),
+        ({"rows": "packed", "carries_state": False}, "is running text: only documents can be packed"),
         ({"ar": -1.0}, "ar must be finite and at least 0, not -1.0"),
         ({"tokenizer": "ids:9"}, "'ids:9' has no text"),
         ({"corpus": "file:none.txt"}, "cannot read corpus file none.txt"),
@@ -187,6 +190,16 @@ def test_bad_corpora_end_in_one_line(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         tasks.make("token_windows", corpus=f"file:{path}", tokenizer="ids:9" if name == "ids.npy" else "bytes")
     assert "\n" not in str(error.value)
+
+
+def test_the_command_line_trains_it_and_keeps_its_tokenizer(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(script.train, "evaluate_params", lambda *_, **__: {"loss": 0.0})
+    plain = tiny.get_config("lm").to_dict() | {"steps": 4, "on_bad_step": "rollback", "spike": 1.01}
+    plain["task"] = {"name": "token_windows", "corpus": text, "seq_len": 8, "tokenizer": "characters"}
+    row = script.run(ConfigDict(plain), tmp_path / "run", progress=False)
+    assert row["steps"] == 4 and row["data_hash"] == lookup.load(text).hash
+    assert tokenizers.load(tmp_path / "run/tokenizer").vocab_size < 24
 
 
 def test_a_compiled_program_cannot_read_the_file(text):

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, ArrayLike, Int, Shaped
 
 from . import guard
 from .kernels import local
@@ -28,13 +28,13 @@ class Fed:
     """A host-fed task beside some of its batches, from number `first` on; in all else it is that task."""
 
     task: Any
-    batches: Batch  # stacked, (steps, B, T)
-    first: Int[Array, ""] | Int[np.ndarray, ""]
+    batches: Any  # `Batch`, stacked: (steps, B, T)
+    first: Any  # an integer, traced in a compiled program
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
 
-    def batch(self, split: str, seed, step: Int[Array, ""], batch_size: int) -> Batch:
+    def batch(self, split: str, seed: Int[ArrayLike, ""], step: Int[ArrayLike, ""], batch_size: int) -> Batch:
         """Batch number `step`, one of those that are here."""
         return jax.tree.map(lambda x: x[step - self.first], self.batches)
 
@@ -104,7 +104,7 @@ def own_rows(batch_size: int) -> tuple[int, int]:
     return (start // size, batch_size // size) if whole else (0, 1)
 
 
-def put(rows: np.ndarray, batch_size: int) -> Array:
+def put(rows: Shaped[np.ndarray, "steps rows ..."], batch_size: int) -> Shaped[Array, "steps B ..."]:
     """(steps, this process's rows, ...) as the array of all processes' rows, divided as the mesh divides rows."""
     sharding = _sharding()
     if sharding is None:

@@ -1,4 +1,4 @@
-"""Language modelling on a corpus that stays in its file: the host reads batches ahead, the device never holds it all."""
+"""Language modelling on a corpus that stays in its file: the host reads batches ahead of the device."""
 
 import math
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import jax
 import numpy as np
+from jaxtyping import ArrayLike, Int
 
 from xlstm_jax.data import lookup, tokens, windows
 from xlstm_jax.data.tokenizers import Tokenizer
@@ -52,13 +53,15 @@ class TokenWindows:
 
     "In the beginning" by words -> inputs In _the, targets _the _beginning.
 
-    rows="windows": stretches of the file in a new order each pass; "streams": each row reads on where it stopped, its
-    state carried; "packed": whole documents, each from the empty state. Evaluation is `TextLM`'s.
+    rows="streams": each row reads on where it stopped, its state carried where carries_state says so; "windows":
+    stretches of the file in a new order each pass; "packed": whole documents, each from the empty state. Evaluation is
+    `TextLM`'s.
     """
 
     corpus: str = "bundled:kjv"
     seq_len: int = 256  # tokens
-    rows: str = "windows"
+    rows: str = "streams"
+    carries_state: bool = True
     tokenizer: str = "bytes"
     data_dir: str = ""  # of the look-up; "": its default
     ar: float = 0.0  # adds ar x activation_l2 of the last layer's outputs to the training loss (AR)
@@ -73,6 +76,8 @@ class TokenWindows:
     def __post_init__(self):
         if self.rows not in ROWS:
             raise ValueError(unknown(f"{self.name}: rows", self.rows, ROWS))
+        if self.carries_state and self.rows != "streams":
+            raise ValueError(f"{self.name}: rows={self.rows!r} do not go on, streams do: set carries_state=False")
         if self.seq_len < 1:
             raise ValueError(f"{self.name}: seq_len must be at least 1, not {self.seq_len}")
         for option in ("ar", "tar"):
@@ -92,11 +97,7 @@ class TokenWindows:
     chance = TextLM.chance
     metrics = TextLM.metrics
 
-    @property
-    def carries_state(self) -> bool:
-        return self.rows == "streams"
-
-    def batch(self, split: str, seed: int, step: int, batch_size: int) -> Batch:
+    def batch(self, split: str, seed: Int[ArrayLike, ""], step: Int[ArrayLike, ""], batch_size: int) -> Batch:
         """Batch number `step`, read by the host: NumPy arrays."""
         if isinstance(seed, jax.core.Tracer) or isinstance(step, jax.core.Tracer):
             raise ValueError(
