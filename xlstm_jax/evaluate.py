@@ -23,6 +23,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 from . import sharding
 from .cells.arguments import is_integer
 from .data.tokenizers import Tokenizer
+from .feed import Feed, is_fed
 from .generate import bucket, check_ids
 from .kernels import local
 
@@ -94,9 +95,12 @@ def evaluate_params(
     arrays, shell = split_task(task)
     model = nnx.merge(graphdef, params)
     carry = sharding.carried(model.initial_state(batch_size), model) if task.carries_state else ()
+    feed = Feed(task, split, seed, batch_size) if is_fed(task) else None
     sums = []
     for step in range(task.num_batches(split, batch_size)):
         between()
+        if feed:
+            arrays, shell = split_task(feed.take(step, 1))
         one, carry = _batch_sums(
             params,
             arrays,

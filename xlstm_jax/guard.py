@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 ON_BAD_STEP = ("stop", "skip", "rollback")
 SETTLED = 20  # good steps before a loss can be a spike
@@ -28,7 +28,7 @@ def initial(on_bad_step: str, spike: float) -> Guard | tuple:
     return Guard(zero, zero, zero, zero, jnp.zeros((), jnp.float32))
 
 
-def batch_number(guard: Any, step: Int[Array, ""]) -> Int[Array, ""]:
+def batch_number(guard: Any, step: Int[ArrayLike, ""]) -> Int[ArrayLike, ""]:
     """Of the batch that update number `step` is made of."""
     return step + guard.moved_on if guard else step
 

@@ -114,6 +114,10 @@ class Run:
         self._lines = metrics.Lines(self._workdir / "metrics.jsonl")
         self._timing = metrics.Lines(self._workdir / "timing.jsonl")
 
+    def waiting(self, what: str = "data") -> contextlib.AbstractContextManager:
+        """Its seconds count as lost to `what` unless the device still has a dispatch to work on."""
+        return self._clock(what if self.state.step.is_ready() else "training")
+
     def advance(self, end: int, dispatch: Callable[[PyTree], tuple[PyTree, Any]]) -> None:
         """Start the steps up to `end`, and read those before them meanwhile."""
         self._trace(end)

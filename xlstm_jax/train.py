@@ -15,6 +15,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from xlstm_jax import distributed, guard, metrics, optim, sharding
 from xlstm_jax.checkpoint import FORMAT
 from xlstm_jax.evaluate import TaskShell, evaluate_params, split_task, token_scores
+from xlstm_jax.feed import Feed, is_fed
 from xlstm_jax.kernels import local
 from xlstm_jax.names import unknown
 from xlstm_jax.regularizers import activation_l2, neighbours, temporal_l2
@@ -267,8 +268,11 @@ def _draw(arrays, seed, step, *, shell, split, batch_size):
 
 def check_data(task, split: str, batch_size: int, seed: int, step: int = 0) -> None:
     """ValueError where batch number `step` of a split has labels or tokens that do not exist, or wrong shapes."""
-    arrays, shell = split_task(task)
-    batch = _draw(arrays, jnp.int32(seed), jnp.int32(step), shell=shell, split=split, batch_size=batch_size)
+    if is_fed(task):
+        batch = task.batch(split, seed, step, batch_size)
+    else:
+        arrays, shell = split_task(task)
+        batch = _draw(arrays, jnp.int32(seed), jnp.int32(step), shell=shell, split=split, batch_size=batch_size)
     try:
         check(jax.device_get(batch), task)
     except ValueError as error:
@@ -356,12 +360,12 @@ def fit(
         dispatch = partial(
             _dispatch,
             graphdef=graphdef,
-            shell=shell,
             tx=tx,
             batch_size=batch_size,
             options=options,
             length=steps_per_dispatch,
         )
+        feed = Feed(task, "train", seed, batch_size, steps_per_dispatch) if is_fed(task) else None
         batch = jax.eval_shape(partial(task.batch, "train", seed, 0, batch_size))
         rollback = options.on_bad_step == "rollback"
         recheck = partial(check_data, task, "train", batch_size, seed)
@@ -403,7 +407,9 @@ def fit(
             if final:
                 break
             end = min(steps, *(at - at % each + each for each in (steps_per_dispatch, *every)))
-            run.advance(end, lambda state: dispatch(state, arrays, jnp.int32(end - at)))  # noqa: B023 (called at once)
+            if feed:  # while the dispatch before still runs
+                arrays, shell = split_task(feed.take(at, end - at, run.state.guard, run.waiting))
+            run.advance(end, partial(dispatch, arrays=arrays, count=jnp.int32(end - at), shell=shell))
             if end == steps or any(end % each == 0 for each in every):
                 run.read_pending()  # after a rollback `run.step` is no longer `end`
                 if run.step == end and (end == steps or (save_every and end % save_every == 0)):

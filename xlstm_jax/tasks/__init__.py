@@ -21,6 +21,7 @@ from xlstm_jax.tasks.pixels import Pixels
 from xlstm_jax.tasks.stack_manipulation import StackManipulation
 from xlstm_jax.tasks.task import SPLITS, Batch, check
 from xlstm_jax.tasks.text_lm import TextLM
+from xlstm_jax.tasks.token_windows import TokenWindows
 
 __all__ = ["SPLITS", "TASKS", "Batch", "check", "make"]
 
@@ -40,6 +41,7 @@ FORMAL = (  # the 15 formal languages of the xLSTM paper; those of Deletang et a
 TASKS = {task.name: task for task in FORMAL} | {
     "byte_lm": ByteLM,
     "text_lm": TextLM,
+    "token_windows": TokenWindows,
     "music": Music,
     "associative_recall": AssociativeRecall,
     "adding": Adding,

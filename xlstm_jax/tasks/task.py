@@ -19,6 +19,11 @@ and, where rows have lengths that a score depends on,
 
     buckets() -> list, bucket(batch) -> (B,)             names of the parts of the lengths, and every row's part:
                                                          the sums have "correct_by_length" and "weight_by_length" too
+
+and, where the host reads the batches (`feed` then puts them on the device; `batch` takes plain integers alone)
+
+    host_batches(split, seed, step, batch_size, shard, ahead)    iterator over batches step, step + 1, ... in NumPy;
+                                                         of each only part shard[0] of shard[1] of its rows
 """
 
 from typing import Any, NamedTuple
