@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
 
+from experiments import train as script
+from tests.configs import tiny
 from tests.stand_in import TinyRNN
 from xlstm_jax import feed, metrics, optim, sharding, tasks, train
 from xlstm_jax.checkpoint import Checkpoints
@@ -104,10 +107,13 @@ def test_streams_train_as_those_of_text_lm_where_they_begin_alike(text, tmp_path
     assert "data" in timing[-1]["spent"] and "data" not in metrics.read(tmp_path / "device/timing.jsonl")[-1]["spent"]
 
 
-def test_resumes_to_the_digit_and_steps_a_dispatch_change_nothing(documents, tmp_path, monkeypatch):
-    host = task(documents)
-    whole, _ = fit(host, tmp_path / "whole")
-    save, saved = Checkpoints.save, []
+def test_resumes_to_the_digit_around_a_rollback(documents, tmp_path, monkeypatch):
+    rows, save, saved, asked = windows.Streams.rows, Checkpoints.save, [], []
+
+    def spoilt(source, step, wanted):
+        asked.append(step)
+        found = rows(source, step, wanted)
+        return found._replace(weights=found.weights * np.float32("nan")) if step == 8 else found
 
     def stop(self, step, state):
         save(self, step, state)
@@ -115,12 +121,19 @@ def test_resumes_to_the_digit_and_steps_a_dispatch_change_nothing(documents, tmp
         if step == 8:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(windows.Streams, "rows", spoilt)
+    options = train.StepOptions(on_bad_step="rollback")
+    whole, _ = fit(task(documents), tmp_path / "whole", options=options)
     monkeypatch.setattr(Checkpoints, "save", stop)
     with pytest.raises(KeyboardInterrupt):
-        fit(host, tmp_path / "cut")
+        fit(task(documents), tmp_path / "cut", options=options)
     monkeypatch.setattr(Checkpoints, "save", save)
-    resumed, result = fit(task(documents), tmp_path / "cut")
+    asked.clear()
+    host = task(documents)
+    resumed, result = fit(host, tmp_path / "cut", options=options)
     assert saved == [4, 8] and rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    assert rows_of(tmp_path / "cut")[-3]["bad_steps"] == 1
+    assert asked[:3] == [0, 0, 8] and min(asked[2:]) == 8  # the two checks of a start, then on from the checkpoint
     same(*(nnx.state(model) for model in (whole, resumed)))
     assert evaluate(resumed, host, "test", 4)["loss"] == result["test_loss"]
 
@@ -195,7 +208,7 @@ def test_bad_corpora_end_in_one_line(tmp_path, name, content, message):
 def test_the_command_line_trains_it_and_keeps_its_tokenizer(text, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(script.train, "evaluate_params", lambda *_, **__: {"loss": 0.0})
-    plain = tiny.get_config("lm").to_dict() | {"steps": 4, "on_bad_step": "rollback", "spike": 1.01}
+    plain = tiny.get_config("lm").to_dict() | {"steps": 4}
     plain["task"] = {"name": "token_windows", "corpus": text, "seq_len": 8, "tokenizer": "characters"}
     row = script.run(ConfigDict(plain), tmp_path / "run", progress=False)
     assert row["steps"] == 4 and row["data_hash"] == lookup.load(text).hash
