@@ -328,7 +328,8 @@ def fit(
 
     Writes config.json (`record` and the number of parameters), checkpoints/, metrics.jsonl (no clock in it: a resumed
     run repeats it to the last digit), timing.jsonl and result.json, which is what is returned: `record`, steps, seed,
-    parameters, seconds, valid_* and test_* metrics (with `keep_best` of those weights, and best_step). The first batch of every split is checked before anything else.
+    parameters, seconds, valid_* and test_* metrics (with `keep_best` of those weights, and best_step). The first batch
+    of every split is checked before anything else.
     `eval_every`, `save_every` = 0: only at the end. A train line is the mean since the line or checkpoint before it.
     `options`: what a step does beside a plain update. `max_bad_steps`: so many bad steps in a row, or rollbacks to one
     checkpoint, that one more ends the run. `keep_last` checkpoints are kept, and those of every `keep_every` steps (0:
