@@ -7,7 +7,6 @@ Interrupted, the same command goes on; finished, it prints what is there.
 """
 
 import json
-import math
 import os
 import sys
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments import command, generate, rows, runner, table
+from experiments import command, curves, generate, rows, runner, table
 from experiments.launchers import local
 from experiments.planning import ROOT, Run, Sweep, load, validate
 from xlstm_jax import metrics
@@ -73,12 +72,12 @@ def demo(workdir: Path, preset: str, workers: int, console: Console) -> int:
             console.rule(f"{run.overrides['label']} writes", characters="·")
             for prompt, text in zip(PROMPTS, sample(folders[1], run)):
                 console.print(prompt, text, sep="", style="italic", markup=False, highlight=False)
-    curves(bible, folders[1], known, workdir / "bible.png")
+    figure = curves.write(bible, folders[1])
 
     console.rule("Files")
     for file in [*(folder / f"table.{kind}" for folder in folders for kind in ("md", "csv", "tex", "png"))]:
         console.print(str(relative(file)), highlight=False, soft_wrap=True)
-    console.print(str(relative(workdir / "bible.png")), highlight=False, soft_wrap=True)
+    console.print(str(relative(figure)), highlight=False, soft_wrap=True)
     left = [line for each, folder in zip((formal, bible), folders) for line in runner.failures(each, folder)]
     for line in left:
         console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
@@ -129,29 +128,6 @@ def sample(folder: Path, run: Run) -> list[str]:
         texts = [generate.text(model, prompt, LENGTH, sampling=Sampling(temperature=0.7))[0] for prompt in PROMPTS]
         metrics.write_json(file, texts)
     return json.loads(file.read_text())
-
-
-def curves(each: Sweep, folder: Path, known: dict[str, float], file: Path) -> None:
-    """Bits a byte over the steps: training (thin), validation (dots), the baselines as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for run, colour in zip(each.runs, ("#24527a", "#c8471e", "#3b8a55")):
-        lines = metrics.read(folder / "runs" / run.id / "metrics.jsonl")
-        for split, style in (("train", dict(linewidth=0.8, alpha=0.6)), ("valid", dict(marker="o", markersize=4))):
-            points = [(line["step"], line["loss"] / math.log(2)) for line in lines if line["split"] == split]
-            steps, bits = zip(*points) if points else ((), ())
-            axis.plot(steps, bits, color=colour, label=f"{run.overrides['label']}, {split}", **style)
-    axis.axhline(known["xz"], color="#444444", linestyle="--", linewidth=1, label="xz -9e (test split)")
-    axis.axhline(known["order0"], color="#444444", linestyle=":", linewidth=1, label="byte frequencies (test split)")
-    axis.set(xlabel="step", ylabel="bits a byte", title="King James Bible, byte level")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
 
 
 def relative(file: Path) -> Path:

@@ -61,15 +61,16 @@ def load_run(workdir: str | Path, **options: Any) -> Run:
         step = checkpoints.latest()
         if step is None:
             raise ValueError(f"{workdir} has no checkpoint yet")
+        part = "best.params" if plain["keep_best"] else "average" if plain["ema"] else "params"
         return Run(
             plain,
             task,
-            nnx.merge(graphdef, checkpoints.restore_part(step, "average" if plain["ema"] else "params", shapes)),
+            nnx.merge(graphdef, checkpoints.restore_part(step, part, shapes)),
         )
 
 
 def load(workdir: str | Path) -> nnx.Module:
-    """The model of a run folder, with the parameters of its newest checkpoint."""
+    """The model of a run folder, with the parameters that its newest checkpoint would be evaluated with."""
     return load_run(workdir).model
 
 

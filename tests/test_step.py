@@ -1,15 +1,19 @@
 """What a step does beside a plain update: micro-batches, z-loss, averaged weights, bad steps."""
 
+import json
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from tests.stand_in import Recall, model
 from xlstm_jax import metrics, models, optim, train
+from xlstm_jax.checkpoint import Checkpoints
+from xlstm_jax.evaluate import evaluate
 from xlstm_jax.run import Run
 from xlstm_jax.tasks.task import Batch
 
@@ -51,7 +55,7 @@ def test_micro_batches_are_the_undivided_batch_in_float64(x64):
     np.testing.assert_allclose(reported, whole[1][0], rtol=1e-12)
 
 
-def fit(workdir, *, task=None, stop=None, steps=30, **settings):
+def fit(workdir, *, task=None, stop=None, steps=30, tx=TX, **settings):
     """(model, result) of a run; killed after the checkpoint of step `stop`."""
     save = Run.save
 
@@ -64,7 +68,7 @@ def fit(workdir, *, task=None, stop=None, steps=30, **settings):
     trained = model()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "save", save_and_stop)
-        result = train.fit(trained, task or Recall(), TX, steps=steps, workdir=workdir, progress=False, **settings)
+        result = train.fit(trained, task or Recall(), tx, steps=steps, workdir=workdir, progress=False, **settings)
     return trained, result
 
 
@@ -97,6 +101,27 @@ def test_all_at_once_resumes_exactly_and_evaluates_the_average(tmp_path):
     for a, b in zip(jax.tree.leaves(nnx.state(trained)), jax.tree.leaves(average), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
     assert [row["split"] for row in rows[-2:]] == ["valid", "test"]
+
+
+def test_the_best_weights_are_kept_through_a_resumption(tmp_path):
+    """Half-way the descent turns into an ascent: the last weights are not the best ones."""
+    options = train.StepOptions(keep_best="loss")
+    settings = dict(options=options, eval_every=5, tx=optax.sgd(lambda n: jnp.where(n < 15, 0.3, -0.3)))
+    trained, rows = stopped_equals_whole(tmp_path, **settings)
+    result = json.loads((tmp_path / "stopped" / "result.json").read_text())
+    valid = {row["step"]: row["loss"] for row in rows if row["split"] == "valid"}
+    best = min(valid, key=lambda step: (valid[step], step))
+    assert (result["best_step"], result["valid_loss"]) == (best, valid[best]) and best < 30
+    found = evaluate(trained, Recall(), "test", 4)
+    assert result["test_loss"] == found["loss"] == rows[-1]["loss"]
+    with Checkpoints(tmp_path / "whole" / "checkpoints") as checkpoints:
+        kept = checkpoints.restore_part(30, "best.params", nnx.state(trained))
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(nnx.state(trained)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="keep_best"):
+        fit(tmp_path / "none", options=options._replace(keep_best="los"), eval_every=5)
+    with pytest.raises(ValueError, match="eval_every is 0"):
+        fit(tmp_path / "none", options=options)
 
 
 @dataclass(frozen=True)

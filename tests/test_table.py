@@ -1,12 +1,13 @@
 """The table: numbers into markdown, CSV, LaTeX and a picture, and what it refuses."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 
-from experiments import aggregation, formats, rows, table
+from experiments import aggregation, curves, formats, rows, table
 from experiments.build import resolve
 from experiments.planning import load
 
@@ -203,3 +204,24 @@ def test_the_committed_rows_fit_their_config_and_make_the_committed_table(file, 
     sweep, done = load(source), rows.read(folder)  # a table says which runs are not there yet
     runs = {run.id: (run.overrides, resolve(sweep.config(run))) for run in sweep.runs}
     assert done and all(runs[name] == (row["overrides"], resolve(row["config"])) for name, row in done.items())
+
+
+def test_curves_are_written_from_runs_and_drawn_again_from_their_rows(tmp_path, capsys):
+    sweep = load("configs/bible.py:demo,debug")
+    folder = tmp_path / "runs" / sweep.runs[0].id
+    folder.mkdir(parents=True)
+    lines = [{"step": 10, "split": "train", "loss": math.log(2)}, {"step": 10, "split": "valid", "bits_per_byte": 3.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert curves.write(sweep, tmp_path).stat().st_size > 0
+    found = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["split"], row["values"]) for row in found] == [
+        ("LSTM", "train", [1.0]), ("LSTM", "valid", [3.0])
+    ]  # fmt: skip
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "curves.png").unlink()
+    assert curves.main(["--config=configs/bible.py:demo,debug", f"--workdir={tmp_path}"]) == 0
+    assert (tmp_path / "curves.png").exists()
+    (tmp_path / "curves.jsonl").unlink()
+    capsys.readouterr()
+    assert curves.main(["--config=configs/bible.py:demo,debug", f"--workdir={tmp_path}"]) == 2
+    assert "run it first" in capsys.readouterr().err

@@ -205,7 +205,9 @@ class Run:
         )
 
     def save(self, step: int, state: PyTree) -> None:
-        """A checkpoint; the next train line begins here, so that a resumed run writes the same one."""
+        """A checkpoint, unless there is one; the next train line begins here, so that a resumed run writes the same."""
+        if step == self._saved:
+            return
         self._window, self._rollbacks, self._saved = [], 0, step
         if self.checkpoints:
             with self._clock("checkpoint"):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
@@ -33,9 +34,18 @@ class StepOptions(NamedTuple):
     ema: float = 0.0  # decay of the average of the weights, which then is what is evaluated and kept; 0: none
     on_bad_step: str = "stop"  # or "skip", "rollback" (to the newest checkpoint, with the batches after the bad one)
     spike: float = 0.0  # a loss above this many times its running mean is a bad step too; 0: only one not finite
+    keep_best: str = ""  # metric of the valid split: the weights best by it are those tested and kept; "": the last
 
 
 PLAIN = StepOptions()
+
+
+class Best(NamedTuple):
+    """The weights with the best evaluation so far."""
+
+    score: Float[Array, ""]  # of their evaluation; less is better
+    step: Int[Array, ""]
+    params: PyTree
 
 
 class TrainState(NamedTuple):
@@ -48,6 +58,7 @@ class TrainState(NamedTuple):
     seed: Int[Array, ""]  # of the batches and of dropout; traced, so all seeds share one program
     average: PyTree = ()  # of the parameters, where it is kept
     guard: Any = ()  # `guard.Guard`, where bad steps do not simply end the run
+    best: Any = ()  # `Best`, where `keep_best` asks for it
 
 
 class StepMetrics(NamedTuple):
@@ -94,7 +105,8 @@ def init_state(
         zero, seeds = jnp.zeros((), jnp.int32), jnp.full((), seed, jnp.int32)
         average = params if options.ema else ()
         guarded = guard.initial(options.on_bad_step, options.spike)
-        state = TrainState(params, tx.init(params), zero, carry, seeds, average, guarded)
+        best = Best(jnp.full((), jnp.inf, jnp.float32), zero, params) if options.keep_best else ()
+        state = TrainState(params, tx.init(params), zero, carry, seeds, average, guarded, best)
         return sharding.keep(state, graphdef)
 
     return jax.tree.map(
@@ -231,6 +243,14 @@ def averaged(average: PyTree, params: PyTree, step: Int[Array, ""], decay: float
     return jax.tree.map(lambda a, p: a + weight.astype(a.dtype) * (p - a), average, params)
 
 
+@partial(jax.jit, static_argnames=("graphdef", "ema"), donate_argnames="state")
+def _with_best(state: TrainState, score: Float[Array, ""], *, graphdef, ema: bool) -> TrainState:
+    """The state with its weights as the best ones, if their score is less."""
+    now = Best(score, state.step, state.average if ema else state.params)
+    best = jax.tree.map(lambda new, old: jnp.where(score < state.best.score, new, old), now, state.best)
+    return sharding.keep(state._replace(best=best), graphdef)
+
+
 @partial(
     jax.jit, static_argnames=("graphdef", "shell", "tx", "batch_size", "options", "length"), donate_argnames="state"
 )
@@ -308,7 +328,8 @@ def fit(
 
     Writes config.json (`record` and the number of parameters), checkpoints/, metrics.jsonl (no clock in it: a resumed
     run repeats it to the last digit), timing.jsonl and result.json, which is what is returned: `record`, steps, seed,
-    parameters, seconds, valid_* and test_* metrics. The first batch of every split is checked before anything else.
+    parameters, seconds, valid_* and test_* metrics (with `keep_best` of those weights, and best_step). The first batch
+    of every split is checked before anything else.
     `eval_every`, `save_every` = 0: only at the end. A train line is the mean since the line or checkpoint before it.
     `options`: what a step does beside a plain update. `max_bad_steps`: so many bad steps in a row, or rollbacks to one
     checkpoint, that one more ends the run. `keep_last` checkpoints are kept, and those of every `keep_every` steps (0:
@@ -338,6 +359,13 @@ def fit(
     if profile and workdir is None:
         raise ValueError(f"profile is {profile}: the trace needs a workdir to be written into")
     check_options(options, batch_size)
+    if options.keep_best:
+        sign = -1 if "accuracy" in options.keep_best else 1
+        measured = task.metrics(dict.fromkeys(("nll", "correct", "weight"), 1.0))
+        if options.keep_best not in measured:
+            raise ValueError(unknown("keep_best", options.keep_best, measured))
+        if not eval_every:
+            raise ValueError(f"keep_best is {options.keep_best!r}, but eval_every is 0: no weights are compared")
     processes, mesh = jax.process_count(), jax.sharding.get_mesh()
     if processes > 1 and mesh.size != jax.device_count():
         raise ValueError(
@@ -370,6 +398,14 @@ def fit(
         rollback = options.on_bad_step == "rollback"
         recheck = partial(check_data, task, "train", batch_size, seed)
         state = start()
+
+    def look(weights, split, between):
+        found = evaluate_params(graphdef, weights, task, split, eval_batch_size, 0, between)
+        if not all(math.isfinite(v) for v in found.values() if isinstance(v, float)):  # is it the data?
+            for step in range(task.num_batches(split, eval_batch_size)):
+                check_data(task, split, eval_batch_size, 0, step)
+        return found
+
     run = Run(
         *(workdir, state, steps, log_every, label, progress, recheck),
         start=start if rollback else None,
@@ -395,14 +431,17 @@ def fit(
             if final or (eval_every and at and at % eval_every == 0):
                 with clock("evaluation"):
                     weights = run.state.average if options.ema else run.state.params
-                    results = {
-                        split: evaluate_params(graphdef, weights, task, split, eval_batch_size, 0, pause)
-                        for split in (("valid", "test") if final else ("valid",))
-                    }
-                    for split, found in results.items():
-                        if not all(math.isfinite(v) for v in found.values() if isinstance(v, float)):  # is it the data?
-                            for step in range(task.num_batches(split, eval_batch_size)):
-                                check_data(task, split, eval_batch_size, 0, step)
+                    unsaved = final and options.keep_best  # the last checkpoint is to hold the best weights of all
+                    results = {"valid": look(weights, "valid", partial(watch.beat, at) if unsaved else pause)}
+                    if options.keep_best:
+                        score = np.float32(sign * results["valid"][options.keep_best])
+                        run.state = _with_best(run.state, score, graphdef=graphdef, ema=bool(options.ema))
+                        weights = run.state.best.params
+                if unsaved:
+                    run.save(at, run.state)
+                with clock("evaluation"):
+                    if final:
+                        results["test"] = look(weights, "test", pause)
                 run.write_evaluation(at, results)
             if final:
                 break
@@ -412,9 +451,14 @@ def fit(
             run.advance(end, partial(dispatch, arrays=arrays, count=jnp.int32(end - at), shell=shell))
             if end == steps or any(end % each == 0 for each in every):
                 run.read_pending()  # after a rollback `run.step` is no longer `end`
-                if run.step == end and (end == steps or (save_every and end % save_every == 0)):
+                due = not options.keep_best if end == steps else save_every and end % save_every == 0
+                if run.step == end and due:
                     run.save(end, run.state)
         nnx.update(model, weights)
+        own = {}
+        if options.keep_best:
+            own["best_step"] = int(run.state.best.step)
+            results["valid"] = look(weights, "valid", partial(watch.beat, steps))
         result = (
             (record or {})
             | {
@@ -423,6 +467,7 @@ def fit(
                 "parameters": parameters,
                 "seconds": round(run.seconds(), 3),
             }
+            | own
             | {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
         )
         if workdir is not None:
