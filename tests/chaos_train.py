@@ -10,8 +10,11 @@ after the rows of its commit that are there (in results/chaos/ those of one comm
 """
 
 import argparse
+import atexit
+import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -24,8 +27,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import scipy.linalg  # noqa: F401 (JAX loads it in the first program that needs it: here it is loaded once)
+
 from experiments import train
-from xlstm_jax import metrics
 from xlstm_jax.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,27 +43,72 @@ CONFIG = [
 AGAIN = 75
 
 
-def start(
-    count: int, words: list[str], logs: Path, devices: int = 2, cache: Path | None = None
-) -> list[subprocess.Popen]:
-    """`count` processes of one job on this machine: python WORDS --processes=HOST:PORT,COUNT,INDEX > logs/INDEX.txt."""
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def variables(devices: int) -> dict[str, str]:
+    """The environment of a process with so many CPU devices."""
     flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    environment = os.environ | {
+    return {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
     }
-    if cache:
-        environment["XLSTM_JAX_CACHE"] = str(cache)
-    found = []
+
+
+def start(count: int, words: list[str], logs: Path, devices: int = 2) -> list[subprocess.Popen]:
+    """`count` processes of one job on this machine: python WORDS --processes=HOST:PORT,COUNT,INDEX > logs/INDEX.txt."""
+    found, address, environment = [], free_address(), os.environ | variables(devices)
     for index in range(count):
         command = [sys.executable, *words, f"--processes={address},{count},{index}"]
         with open(logs / f"{index}.txt", "w") as out:
             found.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
     return found
+
+
+class Forked(multiprocessing.get_context("fork").Process):
+    """A process that begins with all modules loaded, which takes most of the time of a start; used as a Popen."""
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.name, timeout)
+        return self.exitcode
+
+    def send_signal(self, word: int) -> None:
+        if self.exitcode is None:
+            os.kill(self.pid, word)
+
+
+def member(words: list[str], *, log: Path, restoring: Path, cache: Path) -> None:
+    """One process of a job: experiments.train, with a file in `restoring` while it restores."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    restore = Checkpoints.restore
+
+    def announced(self, *arguments):
+        mark = restoring / str(os.getpid())
+        mark.touch()
+        restored = restore(self, *arguments)
+        mark.unlink()
+        return restored
+
+    Checkpoints.restore = announced
+    code = train.main(words)
+    atexit._run_exitfuncs()  # as at the end of a process that was not forked
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def codes(processes: list[subprocess.Popen], limit: float = 120) -> list[int]:
@@ -88,6 +138,12 @@ def last_step(folder: Path) -> int:
     return max((row["step"] for row in map(json.loads, lines) if row["split"] == "train"), default=0)
 
 
+def environment() -> dict:
+    """Commit, versions and device of a process of a job; asked in one of its own, as this one must start no backend."""
+    ask = "import json; from xlstm_jax import metrics; print(json.dumps(metrics.environment()))"
+    return json.loads(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout)
+
+
 def saved_step(folder: Path) -> int:
     return max((int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdecimal()), default=0)
 
@@ -101,9 +157,7 @@ class Chaos:
         self.logs, self.restoring = folder / "logs", folder / "restoring"
         for each in (self.logs, self.restoring):
             each.mkdir(parents=True, exist_ok=True)
-        about = {name: metrics.environment()[name] for name in ("commit", "versions")}
-        devices = {"platform": "cpu", "devices": 2, "host": "one"}
-        self.about = {"processes": count, "seed": seed, "config": CONFIG} | about | {"device": devices}
+        self.about = {"processes": count, "seed": seed, "config": CONFIG} | environment()
         rows = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
         self.rows = [row for row in rows if self.about.items() <= row.items()]
 
@@ -121,12 +175,18 @@ class Chaos:
         return [row for row in self.rows if row["what"] == what]
 
     def job(self, workdir: Path, count: int | None = None) -> list[subprocess.Popen]:
-        for path in self.restoring.iterdir():
+        for path in (*self.restoring.iterdir(), *self.logs.iterdir()):
             path.unlink()
-        self.left = self.half_written()
-        words = ["-m", "tests.chaos_train", "member", str(self.restoring), *CONFIG, f"--workdir={workdir}"]
-        words += ["--heartbeat=10", "--start_limit=40"]
-        return start(count or self.count, words, logs=self.logs, cache=self.folder / "cache")
+        self.left, self.before = self.half_written(), last_step(self.run)
+        count, address = count or self.count, free_address()
+        words = [*CONFIG, f"--workdir={workdir}", "--heartbeat=10", "--start_limit=40"]
+        found = []
+        for index in range(count):
+            own = [*words, f"--processes={address},{count},{index}"]
+            files = dict(log=self.logs / f"{index}.txt", restoring=self.restoring, cache=self.folder / "cache")
+            found.append(Forked(target=member, args=(own,), kwargs=files, daemon=True))
+            found[-1].start()
+        return found
 
     def finish(self, workdir: Path) -> None:
         """The job, undisturbed, to its end."""
@@ -194,8 +254,10 @@ class Chaos:
             return "restore"
         if self.half_written() - self.left:
             return "save"
-        said = (self.logs / "0.txt").read_text()
-        return "steps" if "resumed at step" in said or last_step(self.run) > saved_step(self.run) else "start"
+        said = ""
+        with contextlib.suppress(FileNotFoundError):  # of a process that has just begun
+            said = (self.logs / "0.txt").read_text()
+        return "steps" if "resumed at step" in said or last_step(self.run) != self.before else "start"
 
 
 def reshape(chaos: Chaos) -> None:
@@ -218,24 +280,7 @@ def reshape(chaos: Chaos) -> None:
         raise RuntimeError("that is more than rounding")
 
 
-def member(restoring: Path, words: list[str]) -> int:
-    """One process of a job: experiments.train, with a file in `restoring` while it restores."""
-    restore = Checkpoints.restore
-
-    def announced(self, *arguments):
-        mark = restoring / str(os.getpid())
-        mark.touch()
-        restored = restore(self, *arguments)
-        mark.unlink()
-        return restored
-
-    Checkpoints.restore = announced
-    return train.main(words)
-
-
 def main(words: list[str]) -> int:
-    if words[:1] == ["member"]:
-        return member(Path(words[1]), words[2:])
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--processes", default="2,4")
     arguments.add_argument("--kills", type=int, default=30, help="of each number of processes")
@@ -243,6 +288,7 @@ def main(words: list[str]) -> int:
     arguments.add_argument("--folder", type=Path)
     arguments.add_argument("--out", type=Path)
     options = arguments.parse_args(words)
+    os.environ.update(variables(devices=2))
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         try:
