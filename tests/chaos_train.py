@@ -204,12 +204,12 @@ class Chaos:
         digest = hashlib.sha256(one).hexdigest()
         self.told("finished", kills=kills, as_undisturbed=True, lines=one.count(b"\n"), sha256=digest)
 
-    def disturb(self, number: int) -> None:
-        """One job until its end by a signal."""
+    def disturb(self) -> None:
+        """One job until its end by a signal, or by itself, if it was done before: that is no kill."""
         if (self.run / "result.json").exists():
             self.compare()
             shutil.rmtree(self.run)
-        draw = random.Random(f"{self.seed} {self.count} {number}")
+        draw = random.Random(f"{self.seed} {self.count} {len(self.rows)}")
         word, aimed = draw.choice([signal.SIGKILL, signal.SIGTERM]), draw.choice(["start", "restore", "step", "save"])
         began, processes, clock = saved_step(self.run), self.job(self.run), time.monotonic()
         if aimed == "start" or (aimed == "restore" and not began):
@@ -231,10 +231,12 @@ class Chaos:
         found = codes(processes)
         reached, saved = last_step(self.run), saved_step(self.run)
         repeated = max(reached - saved, 0)
+        if not any(found):
+            return self.told("too late", began=began, reached=reached)
         self.told(
             "kill",
-            **dict(number=number, signal=word.name, to=hit, during=met, began=began, reached=reached, saved=saved),
-            **dict(repeated=repeated, save_every=SAVE_EVERY, exit_codes=found),
+            **dict(number=len(self.named("kill")) + 1, signal=word.name, to=hit, during=met, began=began),
+            **dict(reached=reached, saved=saved, repeated=repeated, save_every=SAVE_EVERY, exit_codes=found),
             seconds=round(time.monotonic() - clock, 1),
         )
         if set(found) == {AGAIN} and word == signal.SIGTERM and repeated:
@@ -295,8 +297,8 @@ def main(words: list[str]) -> int:
             for count in map(int, options.processes.split(",")):
                 chaos = Chaos(folder.absolute() / str(count), count, options.seed, options.out)
                 chaos.finish(chaos.whole)
-                for number in range(len(chaos.named("kill")) + 1, options.kills + 1):
-                    chaos.disturb(number)
+                while len(chaos.named("kill")) < options.kills:
+                    chaos.disturb()
                 if sum(row["kills"] for row in chaos.named("finished")) < options.kills:
                     chaos.finish(chaos.run)
                     chaos.compare()

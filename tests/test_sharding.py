@@ -239,7 +239,7 @@ def all_meshes(out=None):
     inputs, reset, mask = mlstm_inputs()
     for options in (dict(form="recurrent"), dict(input_gate="sigmoid", normalize=False), dict(input_gate="sigmoid")):
         check_time_sharded(lambda *a: mlstm(*a, chunk_size=4, reset=reset, mask=mask, **options), inputs, 16)  # noqa: B023
-    print("time divided: as on one device", flush=True)
+        print("time divided:", options, "as on one device", flush=True)
     sharding.SMALLEST = 64
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
     done = [(row["model"], row["mesh"]) for row in rows]
