@@ -35,7 +35,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class Run(NamedTuple):
-    """A run folder: its resolved config, its task and its model with the parameters of the newest checkpoint."""
+    """A run folder: its resolved config, its task and its model with the newest intact checkpoint's parameters."""
 
     plain: dict[str, Any]
     task: Any
@@ -58,9 +58,11 @@ def load_run(workdir: str | Path, **options: Any) -> Run:
     task = build_task(plain)
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: build_model(plain, task, 0)))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step = checkpoints.latest()
+        step = checkpoints.newest_intact()
         if step is None:
             raise ValueError(f"{workdir} has no checkpoint yet")
+        for warning in checkpoints.warnings:
+            print(warning, file=sys.stderr)
         part = "best.params" if plain["keep_best"] else "average" if plain["ema"] else "params"
         return Run(
             plain,
@@ -70,7 +72,7 @@ def load_run(workdir: str | Path, **options: Any) -> Run:
 
 
 def load(workdir: str | Path) -> nnx.Module:
-    """The model of a run folder, with the parameters that its newest checkpoint would be evaluated with."""
+    """The model of a run folder, with the parameters that its newest intact checkpoint is evaluated with."""
     return load_run(workdir).model
 
 

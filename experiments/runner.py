@@ -4,7 +4,6 @@ The launchers themselves, one file each, are in `experiments/launchers`.
 """
 
 import contextlib
-import errno
 import os
 import threading
 import time
@@ -16,8 +15,7 @@ from rich.console import Console
 
 from experiments import rows
 from experiments.planning import Run, Sweep
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
+from xlstm_jax.checkpoint import is_full
 
 
 def inline(
@@ -72,15 +70,6 @@ def telling_of_a_full_disk(sweep: Sweep, workdir: Path) -> Iterator[None]:
             f"{workdir}: the disk is full; {len(rows.read(workdir))} of {len(sweep.runs)} results are safe:"
             " make room, and the same command goes on"
         ) from error
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether it is, or was caused by, a disk or a quota that is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL or os.strerror(errno.ENOSPC) in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def in_order(runs: list[Run], index: int = 0, workers: int = 1) -> list[Run]:

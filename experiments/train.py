@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments import command, planning
+from experiments import command, owner, planning
 from experiments.build import (
     COUNTS,
     DEFAULTS,
@@ -63,7 +63,7 @@ def run(
         mesh = build_mesh(plain, nnx.merge(graphdef, shapes), task)
         data_hash = getattr(task, "data_hash", None)
         found = check_workdir(workdir, plain, data_hash)
-    distributed.agree("data", {"hash": data_hash})
+    distributed.agree("data or folder", {"hash": data_hash, "finished": found is not None})
     if found is not None:
         return found
     use_compilation_cache()
@@ -72,9 +72,9 @@ def run(
     stored = None if mesh is None else sharding.parameter_shardings(nnx.merge(graphdef, shapes), mesh)
     params = jax.jit(lambda seed: nnx.split(build_model(plain, task, seed))[1], out_shardings=stored)(plain["seed"])
     names = (*COUNTS, *INTERVALS)
-    if hasattr(task, "coder") and jax.process_index() == 0:
-        tokenizers.save(task.coder, workdir / "tokenizer")
-    with sharding.use(mesh):
+    with owner.owned(workdir), sharding.use(mesh):
+        if hasattr(task, "coder") and jax.process_index() == 0:
+            tokenizers.save(task.coder, workdir / "tokenizer")
         return train.fit(
             nnx.merge(graphdef, params),
             task,

@@ -68,7 +68,7 @@ def test_two_processes(tmp_path):
     assert "waited 0.3 s to save step 5: process 1 did not come" in outputs[0][0]
     assert "no step for 1 s" in outputs[0][1] + outputs[1][1]
     assert any("furthest behind, at step 7: process 0" in err for _, err in outputs)
-    assert distributed.AGAIN in [process.returncode for process in processes]
+    assert {process.returncode for process in processes} == {distributed.AGAIN}
 
 
 def test_one_process_waits_for_nobody():

@@ -1,9 +1,17 @@
 """Eight fake devices: any mesh gives one device's loss and gradients, with nothing exchanged inside a loop over time.
 
-`python -m tests.test_sharding` goes through more models and meshes than the suite has time for.
+`python -m tests.test_sharding [--out=results/sharding/eight_devices.jsonl]` goes through more models and every
+combination of axes, which the suite has no time for; with --out the rows that are there already are passed over.
 """
 
+import argparse
+import contextlib
+import itertools
+import json
 import os
+import tempfile
+import time
+from pathlib import Path
 
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -18,18 +26,21 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.hlo import collectives
-from xlstm_jax import models, sharding, train
+from xlstm_jax import metrics, models, sharding, train
 from xlstm_jax.kernels import time_sharded
 from xlstm_jax.kernels.linear import linear_recurrence, log_linear_recurrence
 from xlstm_jax.kernels.mlstm import MLSTMState, mlstm
 from xlstm_jax.tasks.task import Batch
 
 B, T = 8, 16
+REMATERIALIZED = "Involuntary full rematerialization"
+SIZES = {1: (8,), 2: (2, 4), 3: (2, 2, 2)}
+EVERY = [  # each of data, fsdp, tensor, seq alone, in pairs and in threes
+    dict(zip(axes, SIZES[n])) for n in SIZES for axes in itertools.combinations(("data", "fsdp", "tensor", "seq"), n)
+]
 MESHES = {
+    **dict.fromkeys(("lstm", "slstm_block", "xlstm[1:0]", "xlstm[1:1]"), EVERY),
     "lstm_block": [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=4, tensor=2)],
-    "slstm_block": [dict(fsdp=8), dict(fsdp=2, tensor=4)],
-    "xlstm[1:0]": [dict(data=2, tensor=4), dict(fsdp=2, seq=4), dict(data=2, tensor=2, seq=2)],
-    "xlstm[1:1]": [dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, seq=2)],
     "xlstm_large": [dict(fsdp=2, tensor=2, seq=2), dict(fsdp=8)],
     "min_gru_block": [dict(tensor=2, seq=4)],
 }
@@ -48,9 +59,9 @@ class Words:
 
 
 def step(name, sizes=None, layers=2):
-    """The train step's program, metrics, gradient (by descent at rate 1) and new state."""
-    options = {} if name.startswith(("lstm", "min")) else dict(num_heads=4, chunk_size=4)
-    tx = optax.sgd(1.0)
+    """The train step's program, metrics, gradient (as the trace without a memory) and new state."""
+    options = {} if name.startswith(("lstm", "min")) else dict(num_heads=8, chunk_size=4)
+    tx = optax.trace(decay=0.0)
     with sharding.use(sizes and sharding.make_mesh(sizes)):
         model = models.LM(32, backbone=name, dim=64, num_layers=layers, rngs=nnx.Rngs(0), **options)
         state = train.init_state(model, Words(), tx, B, 0)
@@ -58,20 +69,23 @@ def step(name, sizes=None, layers=2):
         program = jax.jit(lambda s: train.train_step(s, graphdef=graphdef, task=Words(), tx=tx, batch_size=B))
         compiled = program.lower(state).compile()
         new, row = compiled(state)
-    gradients = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, new.params)
-    return compiled.as_text(), row, gradients, new
+    return compiled.as_text(), row, jax.device_get(new.opt_state.trace), new
 
 
 def compare(name, sizes, expected):
+    """The new state and what was found: differences, relative to the largest value, and the program's collectives."""
     text, row, gradients, new = step(name, sizes)
     _, one_row, one, _ = expected
-    np.testing.assert_allclose(row.loss, one_row.loss, rtol=1e-5)
     scale = max(np.abs(g).max() for g in jax.tree.leaves(one))
-    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(one), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale)
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / scale), gradients, one)
     found = collectives(text)
     assert found and not [c for c in found if c.in_time_loop], (name, sizes)
-    return new
+    loss = abs(float(row.loss) - float(one_row.loss)) / float(one_row.loss)
+    gradient = max(jax.tree.leaves(apart))
+    assert loss <= 1e-5 and gradient <= 1e-5, (name, sizes, loss, gradient)
+    kinds = sorted({c.kind for c in found})
+    counts = {kind: sum(c.count for c in found if c.kind == kind) for kind in kinds}
+    return new, dict(loss_difference=loss, gradient_difference=gradient, collectives=counts, in_time_loops=0)
 
 
 def divided(new):
@@ -85,9 +99,9 @@ def divided(new):
 )
 def test_a_mesh_gives_one_devices_step(name, sizes, monkeypatch, capfd):
     monkeypatch.setattr(sharding, "SMALLEST", 64)
-    new = compare(name, sizes, step(name))
+    new, _ = compare(name, sizes, step(name))
     assert divided(new) == set(sizes) - {"data"}
-    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    assert REMATERIALIZED not in capfd.readouterr().err
 
 
 def test_an_exchange_inside_a_loop_is_seen():
@@ -204,20 +218,51 @@ def test_the_rules_speak_of_every_large_weight():
     assert sharding.used_spec("mixer.R", (1, 512, 4, 512), sizes) == P(None, None, None, None)  # a dense LSTM is whole
 
 
-def all_meshes():
+@contextlib.contextmanager
+def standard_error():
+    """A list that holds, after the block, what it and the compiler wrote to stderr."""
+    kept, said = os.dup(2), []
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            said.append(file.read().decode())
+
+
+def all_meshes(out=None):
     inputs, reset = linear_inputs()
     check_time_sharded(lambda *a: log_linear_recurrence(*a, chunk_size=2, reset=reset), inputs, 16)
     inputs, reset, mask = mlstm_inputs()
     for options in (dict(form="recurrent"), dict(input_gate="sigmoid", normalize=False), dict(input_gate="sigmoid")):
         check_time_sharded(lambda *a: mlstm(*a, chunk_size=4, reset=reset, mask=mask, **options), inputs, 16)  # noqa: B023
-    print("time divided: as on one device", flush=True)
+        print("time divided:", options, "as on one device", flush=True)
     sharding.SMALLEST = 64
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
+    done = [(row["model"], row["mesh"]) for row in rows]
+    about = {key: metrics.environment()[key] for key in ("commit", "versions", "device")} | {"dtype": "float32"}
     for name, meshes in MESHES.items():
-        expected = step(name)
+        expected = None
         for sizes in meshes:
-            compare(name, sizes, expected)
-            print(name, sizes, "as on one device", flush=True)
+            if (name, sizes) in done:
+                continue
+            expected = expected or step(name)
+            began = time.monotonic()
+            with standard_error() as said:
+                _, found = compare(name, sizes, expected)
+            assert REMATERIALIZED not in said[0], (name, sizes, said)
+            found |= {"rematerialization_warnings": 0, "seconds": round(time.monotonic() - began, 1)}
+            print(name, sizes, "as on one device", found, flush=True)
+            if out:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with open(out, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"model": name, "mesh": sizes} | found | about) + "\n")
 
 
 if __name__ == "__main__":
-    all_meshes()
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--out", type=Path)
+    all_meshes(arguments.parse_args().out)

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from jaxtyping import PyTree
 FORMAT = 2  # of what a checkpoint means: raised when an older one can no longer be read as the same thing
 MANIFEST = "manifest.json"  # of each step: its files' sizes and hashes, written before the step gets its name
 ORBAX_RECORD = "_CHECKPOINT_METADATA"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Checkpoints:
@@ -98,11 +101,12 @@ class Checkpoints:
                 raise  # another process was lost
             for half in self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
-            reason = _one_line(getattr(error, "strerror", None) or error)
             complete = [int(p.name) for p in self._folder.iterdir() if p.name.isdecimal()]
             left = f"the checkpoint of step {max(complete)} is there to go on from" if complete else "there is none yet"
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {_one_line(error)}"
+            mend = "make room" if is_full(error) else "mend that"
             raise OSError(
-                f"checkpoint {self._folder / str(self._saving)} could not be written ({reason}): {left}; make room,"
+                f"checkpoint {self._folder / str(self._saving)} could not be written ({reason}): {left}; {mend},"
                 " then repeat the command"
             ) from error
 
@@ -188,6 +192,15 @@ class _Manager(ocp.CheckpointManager):
 
     def reached_preemption(self, step: int) -> bool:
         return False
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether it is, or was caused by, a disk or a quota that is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def damaged(folder: Path) -> str | None:

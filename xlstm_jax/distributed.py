@@ -10,11 +10,12 @@
         stop.told()                           # SIGTERM, or a notice of preemption: True at the same step on all of them
 
 Processes talk through the key-value store of JAX's coordinator, which lives in process 0. A process that dies is
-noticed by the heartbeats of JAX itself, which then ends the others. With one process all of this does nothing, but
-that SIGTERM is heard.
+noticed by the heartbeats of JAX itself, which then ends the others: with exit code 75 and a line that says so. With one
+process all of this does nothing, but that SIGTERM is heard.
 """
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ from jax.experimental import multihost_utils
 
 AGAIN = 75  # exit code (EX_TEMPFAIL): told to stop, or a process stalled or was lost; the same command goes on
 _meetings = itertools.count()
+_handlers = []  # of signals, kept alive
 _questions = itertools.count(1)  # JAX names one of them, the same on all processes, as that at which all stop
 
 
@@ -89,6 +91,28 @@ def start(
         raise RuntimeError(f"the processes did not come together within {wait} s{hint} ({words[:300]})") from None
     finally:
         alarm.cancel()
+    _abort_is_the_loss_of_another()
+
+
+def _abort_is_the_loss_of_another() -> None:
+    """JAX aborts, from a thread of its own, where the coordinator says that a process is lost, or is lost itself.
+
+    Here that is one more line and exit code 75. Python's own handlers do not run then, so this is one of C.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def ended(_):
+        if threading.get_native_id() != threading.main_thread().native_id:  # else it is an error of this process
+            print(
+                f"error: process {global_state.process_id}: another process was lost, as is said above. Ending: start"
+                " the job again",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(AGAIN)
+
+    _handlers.append(ended)
+    ctypes.CDLL(None).signal(signal.SIGABRT, ended)
 
 
 def _nobody_came(index: int | None, address: str | None, wait: float | int) -> None:

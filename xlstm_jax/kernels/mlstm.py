@@ -104,7 +104,7 @@ def mlstm(
     specs = Inputs(*(P(rows, heads, time),) * 5, P(rows, time)), P(rows, heads)
     run = partial(_run, form, chunk_size, memory_budget, options)
     if time:
-        run = partial(time_sharded.mlstm, run, stabilise=options["stabilise"])
+        run = partial(time_sharded.mlstm, run, stabilise=options["stabilise"], normalize=normalize)
     h, state = local.run(run, (inputs, state), specs, (specs[0].q, specs[1]))
     state = jax.tree.map(lambda a, old: a.astype(old.dtype), state, kept)
     h = jnp.moveaxis(h, 1, 2).astype(v.dtype)

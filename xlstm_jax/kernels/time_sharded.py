@@ -40,16 +40,18 @@ def _spread(x: Array, like: Array) -> Array:
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
-def compose(first: Stretch, then: Stretch, stabilise: bool) -> Stretch:
-    """What both do, one after the other."""
+def compose(first: Stretch, then: Stretch, stabilise: bool, normalize: bool = True) -> Stretch:
+    """What both do, one after the other; without a normaliser n is left alone."""
     m = jnp.maximum(first.m + then.F, then.m) if stabilise else first.m
     old, new = jnp.exp(first.m + then.F - m), jnp.exp(then.m - m)
     C, n = (_spread(old, a) * a + _spread(new, b) * b for a, b in ((first.C, then.C), (first.n, then.n)))
-    joined = Stretch(C, n, m, first.F + then.F, first.emptied)
+    joined = Stretch(C, n if normalize else first.n, m, first.F + then.F, first.emptied)
     return jax.tree.map(lambda a, b: jnp.where(_spread(then.emptied, a), a, b), then, joined)
 
 
-def mlstm(run: Callable[..., tuple[Array, Any]], inputs: Any, state: Any, *, stabilise: bool) -> tuple[Array, Any]:
+def mlstm(
+    run: Callable[..., tuple[Array, Any]], inputs: Any, state: Any, *, stabilise: bool, normalize: bool
+) -> tuple[Array, Any]:
     """run(inputs, state) -> (h, last state) on each device's stretch; the last state is the last device's, on all."""
     lowest = jnp.finfo(state.m.dtype).min / 8 if stabilise else 0.0  # log of nothing, finite so that 0 times it is 0
     empty = jax.tree.map(jnp.zeros_like, state)._replace(m=jnp.full_like(state.m, lowest))
@@ -60,7 +62,7 @@ def mlstm(run: Callable[..., tuple[Array, Any]], inputs: Any, state: Any, *, sta
         emptied = jnp.broadcast_to(reset.any(axis=1)[:, None], log_f.shape[:2])
     nothing = Stretch(*empty, jnp.zeros_like(state.m), jnp.zeros_like(emptied))
     own = Stretch(*run(inputs, empty)[1], log_f.sum(axis=2), emptied)
-    join = partial(compose, stabilise=stabilise)
+    join = partial(compose, stabilise=stabilise, normalize=normalize)
     before = join(Stretch(*state, jnp.zeros_like(state.m), jnp.zeros_like(emptied)), exclusive(join, own, nothing))
     h, state = run(inputs, type(state)(*before[:3]))
     return h, last(state)
