@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,11 +31,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import command, planning
-from experiments.build import abstract_model, build_optimizer, build_task, resolve
-from experiments.flops import forward_flops
+from experiments.build import abstract_model, build_optimizer, build_task, resolve, step_options
+from experiments.flops import forward_flops, modules
 from experiments.hlo import Collective, collectives
 from experiments.topology import GIB, Topology, topology
-from xlstm_jax import sharding, train
+from xlstm_jax import guard, metrics, sharding, train
+from xlstm_jax.cells.base import RecurrentCell
 from xlstm_jax.cells.wrappers import REMAT
 from xlstm_jax.kernels import local
 from xlstm_jax.tasks.task import Batch
@@ -44,8 +46,9 @@ CENSUS = {"xla_tpu_enable_async_collective_fusion": "false"}  # else parts of on
 
 def plan(plain: dict[str, Any], where: Topology, hlo: Path | None = None) -> dict[str, Any]:
     """The plan of a resolved config on a topology, as plain numbers; bytes and FLOPs are a chip's."""
-    program, model, mesh, tokens, seconds = compiled(plain, where)
+    program, model, mesh, seq_len, seconds = compiled(plain, where)
     chip, chips, steps = where.chip, where.chips, plain["steps"]
+    tokens = plain["batch_size"] * seq_len
     per_chip = mesh.size / chips  # devices a chip: 1, or 2 where each TensorCore is one
     text = program.as_text()
     if hlo:
@@ -57,7 +60,7 @@ def plan(plain: dict[str, Any], where: Topology, hlo: Path | None = None) -> dic
     width = jnp.dtype(plain["model"].get("param_dtype") or "float32").itemsize
     shares = [NamedSharding(mesh, spec).shard_shape(shape) for shape, spec in specs.values()]
     stored = width * sum(math.prod(share) for share in shares)
-    flops = 3 * forward_flops(model) * tokens / chips
+    flops = 3 * forward_flops(model, seq_len) * tokens / chips
     state = memory.argument_size_in_bytes * per_chip
     floors = {
         "compute": flops / chip.flops,
@@ -85,15 +88,18 @@ def plan(plain: dict[str, Any], where: Topology, hlo: Path | None = None) -> dic
         "floors": floors,
         "step_seconds": floor,
         "mfu_bound": flops / chip.flops / floor,
+        "serial_steps": seq_len * sum(copies for _, copies in modules(model, RecurrentCell)),
         "tokens_a_step": tokens,
         "tokens": tokens * steps,
         "chip_hours": floor * steps * chips / 3600,
         "compile_seconds": round(seconds, 1),
+        "versions": {name: version(name) for name in ("jax", "libtpu", "flax")},
+        "commit": metrics.commit(),
     }
 
 
 def compiled(plain: dict[str, Any], where: Topology):
-    """The train step's program for a topology; the abstract model, the mesh, tokens a step and seconds of compiling."""
+    """The train step's program for a topology; the abstract model, the mesh, steps in time and seconds of compiling."""
     task = abstract_task(plain)
     tx = build_optimizer(plain)
     graphdef, params = abstract_model(plain, task)
@@ -101,10 +107,14 @@ def compiled(plain: dict[str, Any], where: Topology):
     mesh = sharding.make_mesh(plain.get("mesh"), where.devices())
     rows = plain["batch_size"]
     batch = task.shapes(rows)
-    sharding.check(mesh, batch_sizes={"batch_size": rows}, seq_len=batch.inputs.shape[1], model=model)
+    options = step_options(plain)
+    sizes = {"batch_size": rows, "batch_size / accumulate": rows // options.accumulate}
+    sharding.check(mesh, batch_sizes=sizes, seq_len=batch.inputs.shape[1], model=model)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     carry = jax.eval_shape(lambda: model.initial_state(rows)) if task.carries_state else ()
-    state = train.TrainState(params, jax.eval_shape(tx.init, params), scalar, carry, scalar)
+    guarded = jax.eval_shape(lambda: guard.initial(options.on_bad_step, options.spike))
+    average = params if options.ema else ()
+    state = train.TrainState(params, jax.eval_shape(tx.init, params), scalar, carry, scalar, average, guarded)
     specs = sharding.state_specs(state, model, mesh.shape)
 
     def placed(leaf, spec):
@@ -112,7 +122,7 @@ def compiled(plain: dict[str, Any], where: Topology):
 
     def step(state, batch):
         held = SimpleNamespace(**vars(task), batch=lambda *_: batch)
-        return train.train_step(state, graphdef=graphdef, task=held, tx=tx, batch_size=rows)
+        return train.train_step(state, graphdef=graphdef, task=held, tx=tx, batch_size=rows, options=options)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         divided = PartitionSpec(local.axes_for(rows, local.ROWS), local.axes_for(batch.inputs.shape[1], ("seq",)))
@@ -120,7 +130,7 @@ def compiled(plain: dict[str, Any], where: Topology):
         start = time.monotonic()
         lowered = jax.jit(step, donate_argnums=0).lower(jax.tree.map(placed, state, specs), batch)
         program = lowered.compile(compiler_options=CENSUS)
-    return program, model, mesh, rows * batch.inputs.shape[1], time.monotonic() - start
+    return program, model, mesh, batch.inputs.shape[1], time.monotonic() - start
 
 
 def abstract_task(plain: dict[str, Any]) -> SimpleNamespace:
@@ -208,6 +218,7 @@ def table(found: dict[str, Any]) -> str:
         "model FLOPs a chip": f"{found['model_flops']:.3g} a step",
         "floors, ms a step": seconds,
         "step at least": f"{1e3 * found['step_seconds']:.1f} ms; MFU at most {found['mfu_bound']:.2f}",
+        "one after another": f"{found['serial_steps']:,} steps in time forward, as many backward: in no floor",
         "run": f"{found['tokens']:.3g} tokens, at least {found['chip_hours']:,.0f} chip hours",
         "compiled in": f"{found['compile_seconds']} s",
     }

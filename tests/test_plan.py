@@ -6,14 +6,16 @@ import subprocess
 import sys
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
 from experiments import flops, hlo, plan, topology, train
 from experiments.planning import read
-from xlstm_jax import models
+from xlstm_jax import cells, models
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = sorted((ROOT / "results" / "plans").glob("*.json"))
@@ -78,6 +80,21 @@ def test_flops_of_a_token():
     assert flops.forward_flops(model) == 3 * layer + 2 * 64 * 100
     lstm = nnx.eval_shape(lambda: models.LM(100, backbone="lstm", dim=8, num_layers=2, rngs=nnx.Rngs(0)))
     assert flops.forward_flops(lstm) == 2 * (2 * 8 * 8 * 8 + 8 * 100)
+    options = dict(backbone="transformer", dim=8, num_layers=3, num_heads=2, context=4)
+    attends = nnx.eval_shape(lambda: models.LM(100, rngs=nnx.Rngs(0), **options))
+    keys = (1 + 2 + 3 + 4 + 4 + 4) / 6  # that the tokens of a sequence of 6 see, on average
+    assert flops.forward_flops(attends, 6) - flops.forward_flops(attends, 1) == pytest.approx(3 * 4 * 8 * (keys - 1))
+
+
+def test_what_speed_is_told_by():
+    model = nnx.eval_shape(
+        lambda: models.LM(100, backbone="xlstm[1:1]", dim=64, num_layers=4, num_heads=2, rngs=nnx.Rngs(0))
+    )
+    devices = [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 2
+    assert flops.work(model, 5, devices) == (3 * flops.forward_flops(model), 2 * 989e12, 2)  # 2 of 4 blocks are sLSTM
+    assert flops.work(model, 5, jax.devices()[:1]).peak is None  # of a CPU nothing is claimed
+    conv = cells.ConvLSTM(1, 2, kernel_size=3, space=(4, 4), rngs=nnx.Rngs(0))
+    assert flops.work(conv, 5, devices).flops is None
 
 
 @pytest.mark.parametrize(

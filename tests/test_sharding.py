@@ -47,23 +47,23 @@ class Words:
         return Batch(inputs, targets, jnp.ones((batch_size, T)), None, begins < 2)
 
 
-def step(name, sizes=None, layers=2):
+def step(name, sizes=None, layers=2, rows=B, parts=1):
     """The train step's program, metrics, gradient (by descent at rate 1) and new state."""
     options = {} if name.startswith(("lstm", "min")) else dict(num_heads=4, chunk_size=4)
     tx = optax.sgd(1.0)
     with sharding.use(sizes and sharding.make_mesh(sizes)):
         model = models.LM(32, backbone=name, dim=64, num_layers=layers, rngs=nnx.Rngs(0), **options)
-        state = train.init_state(model, Words(), tx, B, 0)
-        graphdef = nnx.graphdef(model)
-        program = jax.jit(lambda s: train.train_step(s, graphdef=graphdef, task=Words(), tx=tx, batch_size=B))
+        state = train.init_state(model, Words(), tx, rows, 0)
+        static = dict(graphdef=nnx.graphdef(model), options=train.StepOptions(accumulate=parts))
+        program = jax.jit(lambda s: train.train_step(s, task=Words(), tx=tx, batch_size=rows, **static))
         compiled = program.lower(state).compile()
         new, row = compiled(state)
     gradients = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, new.params)
     return compiled.as_text(), row, gradients, new
 
 
-def compare(name, sizes, expected):
-    text, row, gradients, new = step(name, sizes)
+def compare(name, sizes, expected, **options):
+    text, row, gradients, new = step(name, sizes, **options)
     _, one_row, one, _ = expected
     np.testing.assert_allclose(row.loss, one_row.loss, rtol=1e-5)
     scale = max(np.abs(g).max() for g in jax.tree.leaves(one))
@@ -71,7 +71,7 @@ def compare(name, sizes, expected):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale)
     found = collectives(text)
     assert found and not [c for c in found if c.in_time_loop], (name, sizes)
-    return new
+    return new, found
 
 
 def divided(new):
@@ -85,9 +85,19 @@ def divided(new):
 )
 def test_a_mesh_gives_one_devices_step(name, sizes, monkeypatch, capfd):
     monkeypatch.setattr(sharding, "SMALLEST", 64)
-    new = compare(name, sizes, step(name))
+    new, _ = compare(name, sizes, step(name))
     assert divided(new) == set(sizes) - {"data"}
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+def test_micro_batches_are_summed_over_the_devices_once_a_step(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST", 64)
+    sizes, rows = dict(data=2, fsdp=4), 32
+    whole = step("lstm", sizes, layers=1, rows=rows)
+    new, found = compare("lstm", sizes, whole, layers=1, rows=rows, parts=4)
+    assert divided(new) == {"fsdp"} and {c.count for c in found} == {1}  # none in the loop over the micro-batches
+    counts = [sum(c.kind == "all-reduce" for c in each) for each in (found, collectives(whole[0]))]
+    assert 0 < counts[0] <= counts[1]
 
 
 def test_an_exchange_inside_a_loop_is_seen():
@@ -217,6 +227,9 @@ def all_meshes():
         for sizes in meshes:
             compare(name, sizes, expected)
             print(name, sizes, "as on one device", flush=True)
+    for name, sizes in (("xlstm[1:1]", dict(data=2, fsdp=2, tensor=2)), ("xlstm[1:0]", dict(fsdp=2, tensor=2, seq=2))):
+        compare(name, sizes, step(name), parts=2)
+        print(name, sizes, "as on one device, in two micro-batches", flush=True)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,8 @@ def gathered(module: nnx.Module) -> nnx.Module:
 
     def gather(path, weight):
         name = parameter_name(path)
-        specs = [spec(name, weight.shape, sizes) for spec in (used_spec, stored_spec)]
+        kinds = (used_spec, stored_spec if "fsdp" in sizes else used_spec)  # local rows have whole weights already
+        specs = [spec(name, weight.shape, sizes) for spec in kinds]
         return _gather(weight, *specs) if any(axis for spec in specs for axis in spec) else weight
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(gather, params))
