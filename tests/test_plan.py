@@ -20,7 +20,7 @@ from xlstm_jax import cells, models
 ROOT = Path(__file__).parents[1]
 BUDGETS = sorted((ROOT / "results" / "plans").glob("*.json"))
 SMALLEST = ROOT / "results" / "plans" / "debug.json"  # of configs/scaling.py:xlstm_125m,debug on v5e:2x4
-PROGRAM = """HloModule jit_step
+PROGRAM = """HloModule jit_step, num_partitions=4
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %all-reduce.1 = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
 }
@@ -36,13 +36,17 @@ PROGRAM = """HloModule jit_step
 ENTRY %main (a: f32[8]) -> f32[8] {
   %w1 = (s32[], f32[8]) while(%t), condition=%c2, body=%layers, backend_config={"known_trip_count":{"n":"3"}}
   %w2 = (s32[], f32[8]) while(%t), condition=%condition, body=%body.1, metadata={op_name="jit(step)/lifetime/while"}
+  %send.1 = (bf16[6,8]{1,0:T(8,128)}, u32[], token[]) send(%b, %t), channel_id=4, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %rs = f32[2]{0} reduce-scatter(%y), channel_id=9, replica_groups=[1,4]<=[4], dimensions={0}
 }
 """
 
 
 def test_collectives_are_counted_as_often_as_they_run():
-    found = {c.kind: c for c in hlo.collectives(PROGRAM, slice_size=2)}
+    *_, between, last = listed = hlo.collectives(PROGRAM, slice_size=2, slices=2)
+    assert between == ("all-reduce", 1, 96, 2, False, True) and last.kind == "reduce-scatter"
+    found = {c.kind: c for c in listed if c is not between}
     assert found["all-gather"] == ("all-gather", 15, 16, 2, True, True)
     assert found["all-reduce"] == ("all-reduce", 5, 32, 4, False, True)
     assert found["reduce-scatter"] == ("reduce-scatter", 1, 32, 4, False, True)
