@@ -12,7 +12,6 @@ rates allow if computation, memory and links overlap entirely; nothing here has 
 
 import json
 import math
-import os
 import sys
 import time
 from importlib.metadata import version
@@ -20,10 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # before JAX is imported: libtpu ends a process that has flags of the CPU compiler
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_ID": "0"}
-    os.environ.pop("XLA_FLAGS", None)
+if __name__ == "__main__":
+    import experiments.without_tpu  # noqa: F401
 
 import jax
 import jax.numpy as jnp

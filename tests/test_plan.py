@@ -1,9 +1,6 @@
 """Plans: names of topologies, collectives read off HLO, FLOPs by formula, and a shipped config against its budget."""
 
-import json
-import os
-import subprocess
-import sys
+import re
 from importlib import util
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +10,14 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from experiments import flops, hlo, plan, topology, train
+from configs import scaling
+from experiments import budgets, flops, growth, hlo, plan, topology, train
+from experiments.build import resolve
 from experiments.planning import read
-from xlstm_jax import cells, models
+from xlstm_jax import cells, metrics, models
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = sorted((ROOT / "results" / "plans").glob("*.json"))
-SMALLEST = ROOT / "results" / "plans" / "debug.json"  # of configs/scaling.py:xlstm_125m,debug on v5e:2x4
+BUDGETS = budgets.read()
 PROGRAM = """HloModule jit_step, num_partitions=4
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %all-reduce.1 = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
@@ -129,36 +127,88 @@ def test_search_takes_the_cheapest_remat_of_the_largest_batch(monkeypatch):
     assert found == {"batch_size": 32, "layer_remat": "elementwise"}
 
 
-def check_budget(path):
-    """Compiled again: memory and bytes within 3 %, no more collectives than there, none in a loop over time."""
-    budget = json.loads(path.read_text())
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "experiments.plan", f"--config={budget['config']}", "--json=/dev/stdout"]
-    command += [f"--topology={budget['topology']}", *(f"--config.{each}" for each in budget["overrides"])]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout[done.stdout.index("\n{\n") :])
-    assert found["in_time_loops"] == budget["in_time_loops"] == 0
-    for name in ("peak_bytes", "link_bytes", "network_bytes"):
-        assert found[name] <= 1.03 * budget[name], name
-    for kind, counted in found["collectives"].items():
-        assert counted["count"] <= budget["collectives"].get(kind, {"count": 0})["count"], kind
+def test_a_plan_that_leaves_its_budget_is_told():
+    budget = BUDGETS["debug"]
+    assert budgets.differences(budget, budget) == []
+    more = {kind: c | {"count": c["count"] + 1} for kind, c in budget["collectives"].items()}
+    for change, words in (
+        ({"peak_bytes": int(1.02 * budget["peak_bytes"])}, "peak_bytes is .*, its budget"),
+        ({"link_bytes": 2 * budget["link_bytes"]}, "link_bytes is .*, its budget"),
+        ({"in_time_loops": 3}, "3 collectives stand in loops over time, none may"),
+        ({"collectives": more}, "collectives are .*, in the budget"),
+        ({"collectives": {}}, "collectives are {}, in the budget"),
+        ({"limit_bytes": 1}, "above the chip's 1"),
+    ):
+        (line,) = budgets.differences(budget, budget | change)
+        assert re.search(words, line)
+    with pytest.raises(ValueError, match="unknown topology 'v5e:3x3'"):
+        budgets.compiled(budget | {"topology": "v5e:3x3"})
 
 
 @pytest.mark.skipif(util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'")
-@pytest.mark.skipif(not SMALLEST.exists(), reason=f"{SMALLEST.name}: experiments.plan --json has not written it")
 def test_the_smallest_config_keeps_to_its_budget():
-    check_budget(SMALLEST)
+    assert budgets.differences(BUDGETS["debug"], budgets.compiled(BUDGETS["debug"])) == []
 
 
-def test_budgets_have_no_collective_in_a_loop_over_time():
-    assert BUDGETS
-    for path in BUDGETS:
-        budget = json.loads(path.read_text())
-        assert budget["in_time_loops"] == 0 and budget["peak_bytes"] <= budget["limit_bytes"], path.name
+def test_every_shipped_config_has_a_budget_and_keeps_within_a_chip():
+    planned = {(b["config"].removeprefix("configs/scaling.py:"), b["topology"]) for b in BUDGETS.values()}
+    wanted = [("xlstm_125m", "v5e:4x4"), ("xlstm_1.3b", "v5e:16x16"), ("lstm_1b", "v4:4x4x4")]
+    assert planned >= {*wanted, ("xlstm_7b", "v5p:8x8x8"), ("xlstm_7b", "v5e:16x16*2")}
+    assert {config for config, _ in planned} >= set(scaling.MODELS)
+    for name, budget in BUDGETS.items():
+        config, _ = read(str(ROOT / budget["config"]), budget["overrides"])
+        parts = plan.abstract(resolve(config))
+        assert budget["parameters"] == sum(a.size for a in jax.tree.leaves(parts.state.params)), name
+        assert budget["batch_size"] == config.batch_size and budget["commit"] and budget["versions"]["libtpu"]
+        assert budget["in_time_loops"] == 0 < budget["peak_bytes"] <= budget["limit_bytes"], name
 
 
-if __name__ == "__main__":  # all of them: python -m tests.test_plan
-    for path in BUDGETS:
-        check_budget(path)
-        print(f"{path.name} keeps to its budget", flush=True)
+def test_the_page_has_the_table_of_the_budgets():
+    text = budgets.PAGE.read_text(encoding="utf-8")
+    plans = list(BUDGETS.values())
+    assert budgets.page(text, plans) == text, "run `python -m experiments.budgets --table`"
+    assert budgets.page(text, plans[:-1]) != text
+
+
+ROWS = metrics.read(ROOT / "results" / "growth" / "rows.jsonl")
+
+
+def test_the_formulas_of_growth_are_what_was_compiled():
+    compiled = [row for row in ROWS if row["how"] == "compiled"]
+    formulas = {(row["topology"], row["scaling"]): row for row in ROWS if row["how"] == "formula"}
+    assert compiled and {row["chips"] for row in formulas.values()} >= {8, 64, 512, 6144}
+    for row in compiled:
+        said = formulas[row["topology"], row["scaling"]]
+        assert said["parameter_bytes"] == row["parameter_bytes"] and row["in_time_loops"] == 0
+        assert said["optimizer_bytes"] == pytest.approx(row["optimizer_bytes"], rel=0.01)
+        assert said["link_bytes"] == pytest.approx(row["link_bytes"], rel=0.1)
+        assert said["peak_bytes"] == pytest.approx(row["peak_bytes"], rel=0.1)
+    config, _ = read(str(ROOT / compiled[0]["config"]), compiled[0]["overrides"])
+    for row in list(formulas.values())[::7]:
+        sized = resolve(config) | {"batch_size": row["batch_size"]}
+        again = growth.on_paper(sized, topology.topology(row["topology"]))
+        assert {name: row[name] for name in again} == again
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"batch_size": 12}, "12 rows do not divide over 8 devices"),
+        ({"mesh": {"fsdp": 4, "tensor": 2}}, "the formula is for one slice"),
+        ({"mesh": {"fsdp": 3}}, "mesh fsdp=3 does not fit 8 devices"),
+    ],
+)
+def test_what_no_formula_is_for(change, words):
+    config, _ = read("configs/scaling.py:xlstm_125m,debug", [])
+    with pytest.raises(ValueError, match=words):
+        growth.on_paper(resolve(config) | change, topology.topology("v5p:2x2x2"))
+
+
+def test_growth_needs_a_compiled_peak():
+    with pytest.raises(ValueError, match="nothing was compiled yet"):
+        growth.with_peaks([], [])
+    line = [
+        dict(batch_size=8 * n, chips=8, parameter_bytes=1, optimizer_bytes=2, peak_bytes=3 + 5 * n + 7) for n in (1, 2)
+    ]
+    (row,) = growth.with_peaks([line[0] | {"batch_size": 8 * 10}], line)
+    assert row["peak_bytes"] == 3 + 50 + 7
