@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+CROSSING = {"ONE_TO_ONE": "collective-permute"}
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "token": 0}
 TIME = re.compile(r"(^|[/(])time([/)]|$)")  # the scope that the loops over time are traced under
 
@@ -22,10 +23,10 @@ class Collective(NamedTuple):
     crosses_slices: bool
 
 
-def collectives(text: str, slice_size: int | None = None) -> list[Collective]:
+def collectives(text: str, slice_size: int | None = None, slices: int = 1) -> list[Collective]:
     """Every collective of the program; a loop's body counts as often as its condition says.
 
-    slice_size: devices of one slice, to tell what crosses between slices.
+    slice_size: devices of one slice, to tell what crosses between slices; slices: how many there are.
     """
     computations = _computations(text)
     everyone = re.search(r"num_partitions=(\d+)", text)
@@ -45,6 +46,11 @@ def collectives(text: str, slice_size: int | None = None) -> list[Collective]:
                     what = "reduce-scatter" if "all-reduce-scatter" in name else kind[2]
                     size = _bytes(kind[1], kind[2], bool(kind[3]), group)
                     found.append(Collective(what, times, size, group, in_time, crosses))
+            crossing = re.search(r"= \((\w+\[[\d,]*\]).* send\(.*_xla_megascale_transfer_type=\"(\w+)\"", line)
+            if crossing:  # between slices the hosts send; the program is one slice's
+                what = CROSSING.get(crossing[2]) or crossing[2].lower().replace("_", "-")
+                size = _bytes(crossing[1], what, False, slices) * (slices if what == "all-gather" else 1)
+                found.append(Collective(what, times, size, slices, in_time, True))
             loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
                 scope = re.search(r'op_name="([^"]*)"', line)

@@ -5,36 +5,36 @@
     python -m experiments.plan --config=... --topology=v5e:16x16*2 --search
 
 Topologies: v4, v5e, v5p, v6e, tpu7x, by shape or by the name that a user gives (v5e-256); *2 for two slices. `--search`
-tries batches in powers of two and every `layer_remat`, the cheapest first. `--growth` plans several topologies twice,
-with one batch and with the first one's rows a chip (strong and weak scaling). Floors are what the chip's published
+tries batches in powers of two and every `layer_remat`, the cheapest first. Growth over
+topologies is `experiments.growth`. Floors are what the chip's published
 rates allow if computation, memory and links overlap entirely; nothing here has been timed.
 """
 
 import json
 import math
-import os
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # before JAX is imported: libtpu ends a process that has flags of the CPU compiler
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_ID": "0"}
-    os.environ.pop("XLA_FLAGS", None)
+if __name__ == "__main__":
+    import experiments.without_tpu  # noqa: F401
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import command, planning
-from experiments.build import abstract_model, build_optimizer, build_task, resolve
-from experiments.flops import forward_flops
+from experiments.build import abstract_model, build_optimizer, build_task, resolve, step_options
+from experiments.flops import forward_flops, modules
 from experiments.hlo import Collective, collectives
 from experiments.topology import GIB, Topology, topology
-from xlstm_jax import sharding, train
+from xlstm_jax import guard, metrics, sharding, train
+from xlstm_jax.cells.base import RecurrentCell
 from xlstm_jax.cells.wrappers import REMAT
 from xlstm_jax.kernels import local
 from xlstm_jax.tasks.task import Batch
@@ -42,85 +42,118 @@ from xlstm_jax.tasks.task import Batch
 CENSUS = {"xla_tpu_enable_async_collective_fusion": "false"}  # else parts of one collective stand in several loops
 
 
+class Abstract(NamedTuple):
+    """All that a step is made of, without a single number in it."""
+
+    task: SimpleNamespace
+    tx: optax.GradientTransformation
+    model: nnx.Module
+    state: train.TrainState
+    batch: Batch
+    options: train.StepOptions
+
+
 def plan(plain: dict[str, Any], where: Topology, hlo: Path | None = None) -> dict[str, Any]:
     """The plan of a resolved config on a topology, as plain numbers; bytes and FLOPs are a chip's."""
-    program, model, mesh, tokens, seconds = compiled(plain, where)
-    chip, chips, steps = where.chip, where.chips, plain["steps"]
-    per_chip = mesh.size / chips  # devices a chip: 1, or 2 where each TensorCore is one
+    parts = abstract(plain)
+    mesh = sharding.make_mesh(plain.get("mesh"), where.devices())
+    program, seconds = compiled(parts, mesh)
     text = program.as_text()
     if hlo:
         hlo.write_text(text, encoding="utf-8")
-    found = collectives(text, mesh.size // where.slices)
+    found = collectives(text, mesh.size // where.slices, where.slices)
     memory = program.memory_analysis()
-    specs = sharding.parameter_specs(model, mesh.shape)
-    parameters = sum(a.size for a in jax.tree.leaves(nnx.split(model)[1]))
-    width = jnp.dtype(plain["model"].get("param_dtype") or "float32").itemsize
-    shares = [NamedSharding(mesh, spec).shard_shape(shape) for shape, spec in specs.values()]
-    stored = width * sum(math.prod(share) for share in shares)
-    flops = 3 * forward_flops(model) * tokens / chips
+    per_chip = mesh.size / where.chips  # devices a chip: 1, or 2 where each TensorCore is one
+    sent = [sum(moved(c) for c in found if c.crosses_slices == crosses) * per_chip for crosses in (False, True)]
     state = memory.argument_size_in_bytes * per_chip
+    return priced(parts, plain, where, mesh.shape, state, *sent) | {
+        "peak_bytes": round(memory.peak_memory_in_bytes * per_chip),
+        "collectives": summed(found),
+        "in_time_loops": sum(c.count for c in found if c.in_time_loop),
+        "compile_seconds": round(seconds, 1),
+        "versions": {name: version(name) for name in ("jax", "libtpu", "flax")},
+        "commit": metrics.commit(),
+    }
+
+
+def priced(parts: Abstract, plain, where: Topology, sizes, state: float, link: float, network: float) -> dict[str, Any]:
+    """What follows from sizes alone: `state`, `link` and `network` are bytes that a chip stores, and sends a step."""
+    rows, seq_len = parts.batch.inputs.shape[:2]
+    chip, steps = where.chip, plain["steps"]
+    flops = 3 * forward_flops(parts.model, seq_len) * rows * seq_len / where.chips
+    stored = share(parts.state.params, sharding.state_specs(parts.state, parts.model, sizes).params, sizes)
+    stored *= math.prod(sizes.values()) / where.chips
     floors = {
         "compute": flops / chip.flops,
         "memory": 2 * state / chip.memory_rate,  # the state is read and written once at least
-        "links": sum(moved(c) for c in found if not c.crosses_slices) * per_chip / chip.link_rate,
-        "network": sum(moved(c) for c in found if c.crosses_slices) * per_chip / chip.network_rate,
+        "links": link / chip.link_rate,
+        "network": network / chip.network_rate,
     }
     floor = max(floors.values())
     return {
         "topology": where.name,
-        "chips": chips,
-        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
-        "batch_size": plain["batch_size"],
+        "chips": where.chips,
+        "mesh": {axis: size for axis, size in sizes.items() if size > 1},
+        "batch_size": rows,
         "layer_remat": plain["model"].get("layer_remat", "none"),
-        "parameters": parameters,
-        "parameter_bytes": round(stored * per_chip),
-        "optimizer_bytes": round(state - stored * per_chip),
-        "peak_bytes": round(memory.peak_memory_in_bytes * per_chip),
+        "parameters": sum(a.size for a in jax.tree.leaves(parts.state.params)),
+        "parameter_bytes": round(stored),
+        "optimizer_bytes": round(state - stored),
         "limit_bytes": round(chip.memory),
-        "collectives": summed(found),
-        "in_time_loops": sum(c.count for c in found if c.in_time_loop),
-        "link_bytes": round(sum(moved(c) for c in found if not c.crosses_slices) * per_chip),
-        "network_bytes": round(sum(moved(c) for c in found if c.crosses_slices) * per_chip),
+        "link_bytes": round(link),
+        "network_bytes": round(network),
         "model_flops": flops,
         "floors": floors,
         "step_seconds": floor,
         "mfu_bound": flops / chip.flops / floor,
-        "tokens_a_step": tokens,
-        "tokens": tokens * steps,
-        "chip_hours": floor * steps * chips / 3600,
-        "compile_seconds": round(seconds, 1),
+        "serial_steps": seq_len * sum(copies for _, copies in modules(parts.model, RecurrentCell)),
+        "tokens_a_step": rows * seq_len,
+        "tokens": rows * seq_len * steps,
+        "chip_hours": floor * steps * where.chips / 3600,
     }
 
 
-def compiled(plain: dict[str, Any], where: Topology):
-    """The train step's program for a topology; the abstract model, the mesh, tokens a step and seconds of compiling."""
-    task = abstract_task(plain)
-    tx = build_optimizer(plain)
-    graphdef, params = abstract_model(plain, task)
-    model = nnx.merge(graphdef, params)
-    mesh = sharding.make_mesh(plain.get("mesh"), where.devices())
-    rows = plain["batch_size"]
-    batch = task.shapes(rows)
-    sharding.check(mesh, batch_sizes={"batch_size": rows}, seq_len=batch.inputs.shape[1], model=model)
+def share(tree: Any, specs: Any, sizes: dict[str, int]) -> int:
+    """Bytes of a tree that one device of a mesh of these sizes stores."""
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    shares = jax.tree.map(lambda a, s: math.prod(NamedSharding(mesh, s).shard_shape(a.shape)), tree, specs)
+    return sum(n * a.dtype.itemsize for a, n in zip(jax.tree.leaves(tree), jax.tree.leaves(shares)))
+
+
+def abstract(plain: dict[str, Any]) -> Abstract:
+    """Of a resolved config."""
+    task, tx, options, rows = abstract_task(plain), build_optimizer(plain), step_options(plain), plain["batch_size"]
+    model = nnx.merge(*abstract_model(plain, task))
+    params = nnx.split(model)[1]
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     carry = jax.eval_shape(lambda: model.initial_state(rows)) if task.carries_state else ()
-    state = train.TrainState(params, jax.eval_shape(tx.init, params), scalar, carry, scalar)
-    specs = sharding.state_specs(state, model, mesh.shape)
+    guarded = jax.eval_shape(lambda: guard.initial(options.on_bad_step, options.spike))
+    average = params if options.ema else ()
+    state = train.TrainState(params, jax.eval_shape(tx.init, params), scalar, carry, scalar, average, guarded)
+    return Abstract(task, tx, model, state, task.shapes(rows), options)
+
+
+def compiled(parts: Abstract, mesh: Mesh) -> tuple[Any, float]:
+    """The train step's program for the devices of a mesh, and seconds of compiling."""
+    rows, seq_len = parts.batch.inputs.shape[:2]
+    row_counts = {"batch_size": rows, "batch_size / accumulate": rows // parts.options.accumulate}
+    sharding.check(mesh, batch_sizes=row_counts, seq_len=seq_len, model=parts.model)
+    specs = sharding.state_specs(parts.state, parts.model, mesh.shape)
 
     def placed(leaf, spec):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     def step(state, batch):
-        held = SimpleNamespace(**vars(task), batch=lambda *_: batch)
-        return train.train_step(state, graphdef=graphdef, task=held, tx=tx, batch_size=rows)
+        task = SimpleNamespace(**vars(parts.task), batch=lambda *_: batch)
+        static = dict(graphdef=nnx.graphdef(parts.model), tx=parts.tx, batch_size=rows, options=parts.options)
+        return train.train_step(state, task=task, **static)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        divided = PartitionSpec(local.axes_for(rows, local.ROWS), local.axes_for(batch.inputs.shape[1], ("seq",)))
-        batch = jax.tree.map(lambda leaf: placed(leaf, divided), batch)
+        divided = PartitionSpec(local.axes_for(rows, local.ROWS), local.axes_for(seq_len, ("seq",)))
+        batch = jax.tree.map(lambda leaf: placed(leaf, divided), parts.batch)
         start = time.monotonic()
-        lowered = jax.jit(step, donate_argnums=0).lower(jax.tree.map(placed, state, specs), batch)
-        program = lowered.compile(compiler_options=CENSUS)
-    return program, model, mesh, rows * batch.inputs.shape[1], time.monotonic() - start
+        lowered = jax.jit(step, donate_argnums=0).lower(jax.tree.map(placed, parts.state, specs), batch)
+        return lowered.compile(compiler_options=CENSUS), time.monotonic() - start
 
 
 def abstract_task(plain: dict[str, Any]) -> SimpleNamespace:
@@ -208,6 +241,7 @@ def table(found: dict[str, Any]) -> str:
         "model FLOPs a chip": f"{found['model_flops']:.3g} a step",
         "floors, ms a step": seconds,
         "step at least": f"{1e3 * found['step_seconds']:.1f} ms; MFU at most {found['mfu_bound']:.2f}",
+        "one after another": f"{found['serial_steps']:,} steps in time forward, as many backward: in no floor",
         "run": f"{found['tokens']:.3g} tokens, at least {found['chip_hours']:,.0f} chip hours",
         "compiled in": f"{found['compile_seconds']} s",
     }
@@ -215,7 +249,10 @@ def table(found: dict[str, Any]) -> str:
 
 
 def figure(plans: list[dict[str, Any]], path: Path) -> None:
-    """Memory, bytes moved and floor of the step time, a chip each, over the topologies; a line a batch's scaling."""
+    """Memory, bytes moved and floor of the step time, a chip each, over the topologies.
+
+    Plans with a `scaling` and a `how` (see `experiments.growth`): a colour a scaling, formulas dashed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -229,11 +266,15 @@ def figure(plans: list[dict[str, Any]], path: Path) -> None:
     groups = {}
     for each in plans:
         groups.setdefault(each.get("scaling", each["topology"].partition(":")[0]), []).append(each)
+    lines = "none" if any("how" in each for each in plans) else "-"
     drawn, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for ax, (title, value) in zip(axes, panels.items()):
-        for label, members in groups.items():
-            members = sorted(members, key=lambda p: p["chips"])
-            ax.plot([p["chips"] for p in members], [value(p) for p in members], marker="o", label=label)
+        for colour, (label, members) in enumerate(groups.items()):
+            for how in ("formula", "compiled"):
+                some = sorted((p for p in members if p.get("how", "compiled") == how), key=lambda p: p["chips"])
+                points = [p["chips"] for p in some], [value(p) for p in some]
+                style = dict(linestyle="--") if how == "formula" else dict(marker="o", linestyle=lines)
+                ax.plot(*points, color=f"C{colour}", label=f"{label}, {how}" if some else None, **style)
         ax.set(title=title, xlabel="chips", xscale="log", yscale="log")
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.grid(alpha=0.3)
@@ -248,7 +289,6 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--config", required=True, help="FILE.py[:arg]")
     arguments.add_argument("--topology", required=True, help="v5e:16x16, v5e-256, v5e:16x16*2; several with commas")
     arguments.add_argument("--search", action="store_true", help="the largest batch and the cheapest remat that fit")
-    arguments.add_argument("--growth", action="store_true", help="also with a batch that grows with the chips")
     arguments.add_argument("--json", type=Path, help="write the plans to this file")
     arguments.add_argument("--hlo", type=Path, help="write the compiled program to this file")
     arguments.add_argument("--figure", type=Path, help="draw the plans into this file")
@@ -257,23 +297,14 @@ def main(argv: list[str]) -> int:
     config, _ = planning.read(options.config, options.overrides)
     plain = resolve(config)
     plans = []
-    for growing in (True, False) if options.growth else (False,):
-        for place in places:
-            rows = plain["batch_size"] * (place.chips // places[0].chips if growing else 1)
-            try:
-                scaled = plain | {"batch_size": rows}
-                found = search(scaled, place) if options.search else plan(scaled, place, options.hlo)
-            except (jax.errors.JaxRuntimeError, ValueError) as error:
-                words = f"{place.name}, batch_size={rows}: {' '.join(str(error).split())[:300]}"
-                if not options.growth:
-                    raise ValueError(words) from error
-                print(f"left out: {words}\n", flush=True)
-                continue
-            found = {"config": options.config, "overrides": options.overrides} | found
-            if options.growth:
-                found["scaling"] = "batch grows with the chips" if growing else "one batch"
-            plans.append(found)
-            print(table(found) + "\n", flush=True)
+    for place in places:
+        try:
+            found = search(plain, place) if options.search else plan(plain, place, options.hlo)
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            words = " ".join(str(error).split())[:300]
+            raise ValueError(f"{place.name}, batch_size={plain['batch_size']}: {words}") from error
+        plans.append({"config": options.config, "overrides": options.overrides} | found)
+        print(table(plans[-1]) + "\n", flush=True)
     if options.json:
         options.json.write_text(json.dumps(plans[0] if len(plans) == 1 else plans, indent=1) + "\n", encoding="utf-8")
     if options.figure:

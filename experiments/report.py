@@ -21,6 +21,7 @@ from xlstm_jax import metrics
 
 PAGE = Path(__file__).with_name("report_page.html")
 POINTS = 400  # of one curve; longer ones are thinned
+SPEEDS = ("tokens_per_second", "serial_steps_per_second", "flops_per_second", "mfu")
 ENVIRONMENT = ("versions", "commit", "device", "precision", "data_hash")
 
 
@@ -52,7 +53,10 @@ def collect(workdir: Path) -> list[dict[str, Any]]:
 def describe(name: str, state: str, folder: Path, row: dict | None) -> dict[str, Any]:
     """What the page holds about one run; `row` is its result, where it has one."""
     record = row or (read_json(folder / "config.json") if (folder / "config.json").exists() else {})
+    timing = metrics.read(folder / "timing.jsonl")
+    speeds = [line | {"split": "speed"} for line in timing if SPEEDS[0] in line]
     numbers = {key: value for key, value in (row or {}).items() if type(value) in (int, float)}
+    numbers |= {key: line[key] for line in timing for key in (*SPEEDS, "goodput") if key in line}  # the last of each
     error = folder / "error.txt"
     return {
         "id": name,
@@ -61,16 +65,16 @@ def describe(name: str, state: str, folder: Path, row: dict | None) -> dict[str,
         "config": record.get("config", {}),
         "environment": {key: record[key] for key in ENVIRONMENT if key in record},
         "numbers": numbers,
-        "curves": curves(folder / "metrics.jsonl"),
+        "curves": curves(metrics.read(folder / "metrics.jsonl") + speeds),
         "lengths": {key: value for key, value in (row or {}).items() if key.endswith("_by_length")},
         "error": error.read_text(errors="replace") if state == "failed" and error.exists() else None,
     }
 
 
-def curves(file: Path) -> dict[str, dict[str, list]]:
+def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, list]]:
     """{"train": {"steps": [...], "loss": [...]}, ...}, evenly thinned, the last point kept."""
     found = {}
-    for line in metrics.read(file):
+    for line in rows:
         if "step" in line:
             found.setdefault(str(line.get("split", "train")), []).append(line)
     for split, lines in found.items():

@@ -28,6 +28,19 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 3584e9 / 8, 12.5e9),
     "tpu7x": Chip(2307e12, 192 * GIB, 7370e9, 9600e9 / 8, 12.5e9),
 }
+DEVICES = (  # how a device's kind begins, its peak in bfloat16 (no sparsity), from the vendors' pages
+    ("TPU v4 lite", None),
+    ("TPU v4", CHIPS["v4"].flops),
+    ("TPU v5 lite", CHIPS["v5e"].flops),
+    ("TPU v5e", CHIPS["v5e"].flops),
+    ("TPU v5", CHIPS["v5p"].flops),
+    ("TPU v6", CHIPS["v6e"].flops),
+    ("TPU7x", CHIPS["tpu7x"].flops / 2),  # a device is one of a chip's two cores
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA A100", 312e12),
+)
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = (
     "2x2x1",
@@ -78,6 +91,11 @@ class Topology(NamedTuple):
             return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(f"no compiler for {self.name}: install libtpu, no TPU is needed ({error})") from error
+
+
+def peak(kind: str) -> float | None:
+    """FLOP/s in bfloat16 of a device by the name that JAX gives it; None for a CPU, or where it is not known."""
+    return next((flops for begin, flops in DEVICES if kind.startswith(begin)), None)
 
 
 def chips_of(shape: str) -> int:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments import command, owner, planning
+from experiments import command, flops, owner, planning
 from experiments.build import (
     COUNTS,
     DEFAULTS,
@@ -68,6 +68,8 @@ def run(
         return found
     use_compilation_cache()
     environment["precision"] |= recorded_dtypes(plain)
+    shape = jax.eval_shape(lambda: task.batch("train", 0, 0, plain["batch_size"])).inputs.shape
+    work = flops.work(nnx.merge(graphdef, shapes), shape[1], jax.devices()[: 1 if mesh is None else mesh.size])
     record = {"id": workdir.name, "config": plain} | environment | {"data_hash": data_hash}
     stored = None if mesh is None else sharding.parameter_shardings(nnx.merge(graphdef, shapes), mesh)
     params = jax.jit(lambda seed: nnx.split(build_model(plain, task, seed))[1], out_shardings=stored)(plain["seed"])
@@ -88,6 +90,7 @@ def run(
             record=record,
             told=told,
             stall_limit=stall_limit,
+            work=work,
         )
 
 
@@ -107,6 +110,7 @@ def build_mesh(plain: dict[str, Any], model: nnx.Module, task) -> Mesh | None:
     try:
         mesh = sharding.make_mesh(plain.get("mesh"))
         batches = {name: plain[name] for name in ("batch_size", "eval_batch_size")}
+        batches["batch_size / accumulate"] = plain["batch_size"] // plain["accumulate"]
         sharding.check(mesh, batch_sizes=batches, seq_len=getattr(task, "seq_len", None), model=model)
     except ValueError as error:
         raise ValueError(f"config.mesh: {error}") from error

@@ -5,23 +5,21 @@ that `vmem_bytes` states.
 """
 
 import json
-import os
 import sys
 import time
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_ID": "0"}
-os.environ.pop("XLA_FLAGS", None)
+if __name__ == "__main__":
+    import experiments.without_tpu  # noqa: F401
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from flax import nnx  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xlstm_jax import cells  # noqa: E402
-from xlstm_jax.kernels import pallas_mlstm, pallas_plan  # noqa: E402
-from xlstm_jax.kernels.choice import chosen_forms  # noqa: E402
+from xlstm_jax import cells
+from xlstm_jax.kernels import pallas_mlstm, pallas_plan
+from xlstm_jax.kernels.choice import chosen_forms
 
 BFLOAT16 = {"dtype": jnp.bfloat16}
 INPUTS = 64  # features: the products outside the kernels are not what is compiled here

@@ -37,6 +37,10 @@ def sweep(tmp_path):
             for step in range(1, 1001):
                 lines.write(step=step, split="train", loss=1.0 / step, accuracy=0.5)
             lines.write(step=1000, split="valid", loss=0.2, accuracy=0.6)
+    with _lines(folder / "runs/run1/timing.jsonl") as lines:
+        for step in (500, 1000):
+            lines.write(step=step, seconds=1.0, goodput=0.5, spent={}, tokens_per_second=2.0 * step, mfu=0.25)
+        lines.write(step=1000, seconds=2.0, goodput=0.4, spent={})  # after an evaluation
     (folder / "runs/failed/error.txt").write_text(f"Traceback\nValueError: {EVIL}\n")
     metrics.write_json(folder / "runs/late/config.json", {"id": "late", "config": {"seed": 7}, "commit": "abc"})
     return folder
@@ -86,6 +90,10 @@ def test_the_page_holds_all_and_escapes_all(sweep, capsys):
     assert run["numbers"]["valid_accuracy"] == 0.9 and page.runs["run2"]["numbers"]["valid_accuracy"] == "nan"
     assert run["fields"].keys() >= {"model.backbone", "optimizer.learning_rate", "seed"}
     assert run["lengths"] == {"test_accuracy_by_length": {"40-67": 0.9, "68-95": 0.7}}
+    assert run["numbers"].items() >= {"tokens_per_second": 2000.0, "mfu": 0.25, "goodput": 0.4}.items()
+    assert (
+        run["curves"]["speed"]["tokens_per_second"] == [1000.0, 2000.0] and "speed" not in page.runs["run0"]["curves"]
+    )
     train = run["curves"]["train"]
     assert len(train["steps"]) <= report.POINTS and train["steps"][-1] == 1000 and train["loss"][-1] == 0.001
     assert run["curves"]["valid"] == {"steps": [1000], "loss": [0.2], "accuracy": [0.6]}

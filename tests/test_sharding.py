@@ -58,23 +58,23 @@ class Words:
         return Batch(inputs, targets, jnp.ones((batch_size, T)), None, begins < 2)
 
 
-def step(name, sizes=None, layers=2):
+def step(name, sizes=None, layers=2, rows=B, parts=1):
     """The train step's program, metrics, gradient (as the trace without a memory) and new state."""
     options = {} if name.startswith(("lstm", "min")) else dict(num_heads=8, chunk_size=4)
     tx = optax.trace(decay=0.0)
     with sharding.use(sizes and sharding.make_mesh(sizes)):
         model = models.LM(32, backbone=name, dim=64, num_layers=layers, rngs=nnx.Rngs(0), **options)
-        state = train.init_state(model, Words(), tx, B, 0)
-        graphdef = nnx.graphdef(model)
-        program = jax.jit(lambda s: train.train_step(s, graphdef=graphdef, task=Words(), tx=tx, batch_size=B))
+        state = train.init_state(model, Words(), tx, rows, 0)
+        static = dict(graphdef=nnx.graphdef(model), options=train.StepOptions(accumulate=parts))
+        program = jax.jit(lambda s: train.train_step(s, task=Words(), tx=tx, batch_size=rows, **static))
         compiled = program.lower(state).compile()
         new, row = compiled(state)
     return compiled.as_text(), row, jax.device_get(new.opt_state.trace), new
 
 
-def compare(name, sizes, expected):
-    """The new state and what was found: differences, relative to the largest value, and the program's collectives."""
-    text, row, gradients, new = step(name, sizes)
+def compare(name, sizes, expected, **options):
+    """The new state, the program's collectives, and differences, relative to the largest value."""
+    text, row, gradients, new = step(name, sizes, **options)
     _, one_row, one, _ = expected
     scale = max(np.abs(g).max() for g in jax.tree.leaves(one))
     apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / scale), gradients, one)
@@ -83,9 +83,7 @@ def compare(name, sizes, expected):
     loss = abs(float(row.loss) - float(one_row.loss)) / float(one_row.loss)
     gradient = max(jax.tree.leaves(apart))
     assert loss <= 1e-5 and gradient <= 1e-5, (name, sizes, loss, gradient)
-    kinds = sorted({c.kind for c in found})
-    counts = {kind: sum(c.count for c in found if c.kind == kind) for kind in kinds}
-    return new, dict(loss_difference=loss, gradient_difference=gradient, collectives=counts, in_time_loops=0)
+    return new, found, dict(loss_difference=loss, gradient_difference=gradient)
 
 
 def divided(new):
@@ -99,9 +97,19 @@ def divided(new):
 )
 def test_a_mesh_gives_one_devices_step(name, sizes, monkeypatch, capfd):
     monkeypatch.setattr(sharding, "SMALLEST", 64)
-    new, _ = compare(name, sizes, step(name))
+    new, *_ = compare(name, sizes, step(name))
     assert divided(new) == set(sizes) - {"data"}
     assert REMATERIALIZED not in capfd.readouterr().err
+
+
+def test_micro_batches_are_summed_over_the_devices_once_a_step(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST", 64)
+    sizes, rows = dict(data=2, fsdp=4), 32
+    whole = step("lstm", sizes, layers=1, rows=rows)
+    new, found, _ = compare("lstm", sizes, whole, layers=1, rows=rows, parts=4)
+    assert divided(new) == {"fsdp"} and {c.count for c in found} == {1}  # none in the loop over the micro-batches
+    counts = [sum(c.kind == "all-reduce" for c in each) for each in (found, collectives(whole[0]))]
+    assert 0 < counts[0] <= counts[1]
 
 
 def test_an_exchange_inside_a_loop_is_seen():
@@ -252,14 +260,20 @@ def all_meshes(out=None):
             expected = expected or step(name)
             began = time.monotonic()
             with standard_error() as said:
-                _, found = compare(name, sizes, expected)
+                _, collected, found = compare(name, sizes, expected)
             assert REMATERIALIZED not in said[0], (name, sizes, said)
-            found |= {"rematerialization_warnings": 0, "seconds": round(time.monotonic() - began, 1)}
+            kinds = sorted({c.kind for c in collected})
+            counts = {kind: sum(c.count for c in collected if c.kind == kind) for kind in kinds}
+            found |= {"collectives": counts, "in_time_loops": 0, "rematerialization_warnings": 0}
+            found |= {"seconds": round(time.monotonic() - began, 1)}
             print(name, sizes, "as on one device", found, flush=True)
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 with open(out, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"model": name, "mesh": sizes} | found | about) + "\n")
+    for name, sizes in (("xlstm[1:1]", dict(data=2, fsdp=2, tensor=2)), ("xlstm[1:0]", dict(fsdp=2, tensor=2, seq=2))):
+        compare(name, sizes, step(name), parts=2)
+        print(name, sizes, "as on one device, in two micro-batches", flush=True)
 
 
 if __name__ == "__main__":

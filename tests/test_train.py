@@ -43,7 +43,8 @@ def same(left, right):
 
 
 def test_learns_and_writes_its_record(tmp_path):
-    trained, result = fit(100, workdir=tmp_path, eval_every=50, save_every=40, record={"id": "one"})
+    work = metrics.Work(flops=1e6, peak=1e12, serial_layers=2)
+    trained, result = fit(100, workdir=tmp_path, eval_every=50, save_every=40, record={"id": "one"}, work=work)
     assert result["test_accuracy"] > 0.9
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert result.keys() >= {"id", "steps", "seed", "parameters", "seconds", "valid_loss", "test_loss"}
@@ -54,9 +55,14 @@ def test_learns_and_writes_its_record(tmp_path):
     ]  # fmt: skip
     assert rows[0].keys() == {"step", "split", "loss", "accuracy", "grad_norm", "learning_rate"}
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["100", "80"]
-    assert metrics.read(tmp_path / "timing.jsonl")[0].keys() == {
-        "step", "seconds", "goodput", "spent", "steps_per_second", "tokens_per_second",
+    timing = metrics.read(tmp_path / "timing.jsonl")[0]
+    assert timing.keys() == {
+        "step", "seconds", "goodput", "spent", "steps_per_second", "tokens_per_second", "serial_steps_per_second",
+        "flops_per_second", "mfu",
     }  # fmt: skip
+    assert timing["mfu"] == pytest.approx(timing["tokens_per_second"] * 1e6 / 1e12, rel=1e-3)
+    assert metrics.Work().speeds(2.0, (3, 5)) == {"steps_per_second": 2.0, "tokens_per_second": 30.0}
+    assert metrics.Work(serial_layers=7).speeds(2.0, (3, 5))["serial_steps_per_second"] == 70.0
     assert evaluate(trained, Recall(), "test", 8)["accuracy"] == result["test_accuracy"]
 
 

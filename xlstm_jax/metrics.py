@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -64,6 +64,29 @@ def truncate(path: str | os.PathLike, step: int) -> list[dict]:
     if Path(path).exists():
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
+
+
+class Work(NamedTuple):
+    """What speed is told by beside steps and tokens a second."""
+
+    flops: float | None = None  # of one token in training, by formula
+    peak: float | None = None  # FLOP/s of all devices together, where it is known
+    serial_layers: int = 0  # that go through time one step after another
+
+    def speeds(self, steps_per_second: float, shape: tuple[int, int] | None) -> dict[str, float]:
+        """Of steps of `shape` rows and steps in time; MFU is the share of the peak that model FLOPs take."""
+        found = {"steps_per_second": round(steps_per_second, 3)}
+        if shape is None:
+            return found
+        tokens = steps_per_second * shape[0] * shape[1]
+        found["tokens_per_second"] = round(tokens, 1)
+        if self.serial_layers:  # forward; the backward pass has as many
+            found["serial_steps_per_second"] = round(steps_per_second * shape[1] * self.serial_layers, 1)
+        if self.flops:
+            found["flops_per_second"] = float(f"{tokens * self.flops:.5g}")
+        if self.flops and self.peak:
+            found["mfu"] = float(f"{tokens * self.flops / self.peak:.4g}")
+        return found
 
 
 class Clock:

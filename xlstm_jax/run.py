@@ -40,20 +40,22 @@ class Run:
         recheck: Callable[..., None],
         *,
         start: Callable[[], PyTree] | None = None,
-        tokens: int | None = None,
+        shape: tuple[int, int] | None = None,
+        work: metrics.Work | None = None,
         max_bad_steps: int = 10,
         keep: tuple[int, int] = (2, 0),
         profile: int = 0,
         clock: metrics.Clock | None = None,
     ):
-        """recheck(step=): ValueError where that batch is wrong; tokens: of a step.
+        """recheck(step=): ValueError where that batch is wrong; shape: rows and steps in time of a batch.
 
         start: makes the state of step 0 anew, where bad steps are rolled back from; keep: see `Checkpoints`.
         """
         self.state, self.step, self.pending = state, 0, None
         self._like = jax.tree.map(_abstract, state)
         self._workdir, self._start, self._steps, self._log_every = workdir, start, steps, log_every
-        self._tokens, self._max_bad_steps, self._recheck = tokens, max_bad_steps, recheck
+        self._shape, self._work = shape, metrics.Work() if work is None else work
+        self._max_bad_steps, self._recheck = max_bad_steps, recheck
         self._clock = metrics.Clock() if clock is None else clock
         self._window, self._rollbacks, self._compiled = [], 0, False
         self._profile, self._tracing = profile, None
@@ -159,7 +161,7 @@ class Run:
                 self._write_window(step)
         speed = self._progress.update(end, history["loss"][end - start - 1])
         if self._timing and (end // self._log_every > start // self._log_every or end == self._steps):
-            self._timing.write(step=end, **self._clock.row(), **_speeds(speed, self._tokens))
+            self._timing.write(step=end, **self._clock.row(), **self._work.speeds(speed, self._shape))
         return True
 
     def _roll_back(self, step: int, row: dict[str, float]) -> None:
@@ -271,11 +273,6 @@ class Run:
 
 def _words(row: dict[str, float]) -> str:
     return f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
-
-
-def _speeds(steps_per_second: float, tokens: int | None) -> dict[str, float]:
-    speeds = {"steps_per_second": round(steps_per_second, 3)}
-    return speeds if tokens is None else speeds | {"tokens_per_second": round(steps_per_second * tokens, 1)}
 
 
 def _abstract(x: Any) -> Any:

@@ -45,8 +45,25 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
 
     Devices of several slices are divided along `data` (or `runs`) first: only gradients cross between slices.
     """
-    sizes = dict(sizes or {"data": -1})
     devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(sizes, len(devices))
+    shape = list(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        between = next((axis for axis in ("data", "runs", "fsdp") if sizes[axis] % slices == 0), None)
+        if between is None:
+            raise ValueError(f"no mesh axis of data, runs or fsdp is a multiple of the {slices} slices: make data one")
+        outer = [slices if axis == between else 1 for axis in AXES]
+        inner = [size // number for size, number in zip(shape, outer)]
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
+    """The size of every axis of a mesh over so many devices; ValueError where that cannot be."""
+    sizes = dict(sizes or {"data": -1})
     for axis, size in sizes.items():
         if axis not in AXES:
             raise ValueError(unknown("mesh axis", axis, AXES))
@@ -56,26 +73,15 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     product = math.prod(size for size in sizes.values() if size != -1)
     if len(filled) > 1:
         raise ValueError(f"mesh axes {' and '.join(filled)} are both -1: only one can take what is left")
-    if filled and len(devices) % product == 0:
-        sizes[filled[0]] = len(devices) // product
-    elif product != len(devices):
+    if filled and count % product == 0:
+        sizes[filled[0]] = count // product
+    elif product != count:
         asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ValueError(
-            f"mesh {asked} does not fit {len(devices)} devices: it needs {'a multiple of ' * bool(filled)}"
+            f"mesh {asked} does not fit {count} devices: it needs {'a multiple of ' * bool(filled)}"
             f"{product}; data=-1 takes what is left"
         )
-    shape = [sizes.get(axis, 1) for axis in AXES]
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    else:
-        between = next((axis for axis in ("data", "runs", "fsdp") if sizes.get(axis, 1) % slices == 0), None)
-        if between is None:
-            raise ValueError(f"no mesh axis of data, runs or fsdp is a multiple of the {slices} slices: make data one")
-        outer = [slices if axis == between else 1 for axis in AXES]
-        inner = [size // number for size, number in zip(shape, outer)]
-        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-    return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
 def use(mesh: Mesh | None):
@@ -154,7 +160,8 @@ def gathered(module: nnx.Module) -> nnx.Module:
 
     def gather(path, weight):
         name = parameter_name(path)
-        specs = [spec(name, weight.shape, sizes) for spec in (used_spec, stored_spec)]
+        kinds = (used_spec, stored_spec if "fsdp" in sizes else used_spec)  # local rows have whole weights already
+        specs = [spec(name, weight.shape, sizes) for spec in kinds]
         return _gather(weight, *specs) if any(axis for spec in specs for axis in spec) else weight
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(gather, params))

@@ -114,6 +114,21 @@ def init_state(
     )  # copies: the step donates its state, the model keeps its own
 
 
+class Totals(NamedTuple):
+    """What the means over a batch divide by."""
+
+    weight: Float[Array, ""]  # of all tokens
+    steps: Int[Array, ""] | int  # that are valid
+    pairs: Int[Array, ""]  # of `neighbours`
+
+
+def totals_of(batch) -> Totals:
+    """Of a whole batch."""
+    shape = batch.inputs.shape[:2]
+    steps = shape[0] * shape[1] if batch.mask is None else batch.mask.sum()
+    return Totals(jnp.sum(batch.weights, dtype=float), steps, neighbours(shape, batch.mask, batch.reset).sum())
+
+
 def loss_and_accuracy(
     model,
     batch,
@@ -123,27 +138,25 @@ def loss_and_accuracy(
     tar: float = 0.0,
     scores: Callable = token_scores,
     z_loss: float = 0.0,
-    whole=None,
+    totals: Totals | None = None,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""], PyTree]]:
     """The loss to be trained; then the loss to be reported (nats), the accuracy, and the model's state after the batch.
 
     Loss and accuracy are weighted means. `ar` and `tar` add that many times `activation_l2` and `temporal_l2` of what
-    the backbone gives, and `z_loss`, to the trained loss alone, the mean of log Z^2. `whole`: the batch that this one
-    is a part of; all means are over that, so that its parts add up to it.
+    the backbone gives, and `z_loss`, to the trained loss alone, the mean of log Z^2. `totals`: those of the batch that
+    this one is a part of; all means are over that, so that its parts add up to it.
     """
-    whole = batch if whole is None else whole
+    totals = totals_of(batch) if totals is None else totals
     penalty = 0.0
     if ar or tar:
         ys, carry = model.hidden(batch.inputs, carry, batch.mask, batch.reset, key=key)
         logits = model.answers(ys, batch.mask, key=key)
-        shape = whole.inputs.shape[:2]
-        steps = shape[0] * shape[1] if whole.mask is None else whole.mask.sum()
-        pairs = neighbours(shape, whole.mask, whole.reset).sum()
-        penalty = ar * activation_l2(ys, batch.mask, steps) + tar * temporal_l2(ys, batch.mask, batch.reset, pairs)
+        penalty = ar * activation_l2(ys, batch.mask, totals.steps)
+        penalty += tar * temporal_l2(ys, batch.mask, batch.reset, totals.pairs)
     else:
         logits, carry = model(batch.inputs, carry, batch.mask, batch.reset, key=key)
     nll, correct = scores(logits, batch.targets)
-    total = jnp.sum(whole.weights.astype(nll.dtype))
+    total = totals.weight.astype(nll.dtype)
     weights = batch.weights.astype(nll.dtype) / jnp.where(total > 0, total, 1)
     loss = jnp.sum(jnp.where(weights != 0, nll, 0) * weights) + penalty
     trained = loss
@@ -158,27 +171,39 @@ def gradients(params: PyTree, graphdef: nnx.GraphDef, batch, carry, key, parts: 
 
     Row r goes to micro-batch r mod `parts`, so that rows which are sharded over devices stay where they are. The sum
     is over parts of the whole batch's mean: it is the undivided batch's gradient, and dropout alone is drawn otherwise.
+    Over a mesh each device adds up the micro-batches of its own rows, with weights gathered once before; what the
+    devices have is summed once after.
     """
 
-    def loss_of(params, part, carry, key):  # the carry is a constant here: this cuts the gradient between batches
-        return loss_and_accuracy(nnx.merge(graphdef, params), part, carry, key, whole=batch, **terms)
+    def loss_of(params, part, carry, key, totals):  # the carry is a constant: this cuts the gradient between batches
+        return loss_and_accuracy(nnx.merge(graphdef, params), part, carry, key, totals=totals, **terms)
 
     grad = jax.grad(loss_of, has_aux=True)
+    totals = totals_of(batch)
     if parts == 1:
-        return grad(params, batch, carry, key)
+        return grad(params, batch, carry, key, totals)
     axes = _row_axes(graphdef, params) if carry is not None else None
-    carries = None if carry is None else jax.tree.map(partial(_divide, parts), carry, axes)
-    micro = (jax.tree.map(partial(_divide, parts), batch), carries, jax.random.split(key, parts))
-    first = jax.tree.map(lambda x: x[0], micro)
-    grads, (loss, accuracy, _) = jax.eval_shape(grad, params, *first)
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, accuracy))
 
-    def body(sums, now):
-        grads, (loss, accuracy, carry) = grad(params, *now)
-        return jax.tree.map(jnp.add, sums, (grads, loss, accuracy)), None if carries is None else carry
+    def accumulated(params, totals, batch, carry, keys):
+        carries = None if carry is None else jax.tree.map(partial(_divide, parts), carry, axes)
+        micro = (jax.tree.map(partial(_divide, parts), batch), carries, keys)
+        first = jax.tree.map(lambda x: x[0], micro)
+        grads, (loss, accuracy, _) = jax.eval_shape(grad, params, *first, totals)
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, accuracy))
 
-    (grads, loss, accuracy), carries = jax.lax.scan(body, empty, micro)
-    return grads, (loss, accuracy, None if carries is None else jax.tree.map(_unite, carries, axes))
+        def body(sums, now):
+            grads, (loss, accuracy, carry) = grad(params, *now, totals)
+            return jax.tree.map(jnp.add, sums, (grads, loss, accuracy)), None if carries is None else carry
+
+        sums, carries = jax.lax.scan(body, empty, micro)
+        return sums, None if carries is None else jax.tree.map(_unite, carries, axes)
+
+    keys = jax.random.split(key, parts * local.row_devices())
+    places = (jax.tree.map(lambda _: 0, batch), axes, 0)
+    (grads, loss, accuracy), carry = local.summed_over_rows(
+        accumulated, (params, totals), (batch, carry, keys), places, axes
+    )
+    return grads, (loss, accuracy, carry)
 
 
 def _row_axes(graphdef: nnx.GraphDef, params: PyTree) -> PyTree:
@@ -323,6 +348,7 @@ def fit(
     record: dict[str, Any] | None = None,
     told: Callable[[], bool] = lambda: False,
     stall_limit: int = 1800,
+    work: metrics.Work | None = None,
 ) -> dict[str, Any]:
     """Train, resuming from the newest intact checkpoint in `workdir`; leaves the final parameters in `model`.
 
@@ -336,7 +362,8 @@ def fit(
     no others). `profile`: trace so many steps, once all is compiled, into `workdir`/profile. `told`: asked between
     dispatches and between batches of an evaluation; where it says yes (`distributed.Stop`), the step is saved, and
     `Stopped` raised. Several processes need a mesh over all their devices, and one `workdir` that all see; where one
-    of them waits for `stall_limit` seconds (0: for ever), it says for whom, and ends.
+    of them waits for `stall_limit` seconds (0: for ever), it says for whom, and ends. `work`: what timing.jsonl is to
+    tell speed by, beside steps and tokens a second.
     """
     counts = {
         "steps": steps,
@@ -409,7 +436,8 @@ def fit(
     run = Run(
         *(workdir, state, steps, log_every, label, progress, recheck),
         start=start if rollback else None,
-        tokens=math.prod(batch.inputs.shape[:2]),
+        shape=batch.inputs.shape[:2],
+        work=work,
         max_bad_steps=max_bad_steps,
         keep=(keep_last, keep_every),
         profile=profile,

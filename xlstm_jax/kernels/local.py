@@ -21,9 +21,15 @@ ROWS = ("data", "fsdp")  # the axes of the mesh that the rows of a batch are div
 def sizes() -> dict[str, int]:
     """The mesh axes to divide over, by name; empty where there is no mesh, or inside a loop that is already local."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes or not set(ROWS) <= set(mesh.shape):
+    if mesh.empty or not set(ROWS) <= set(mesh.shape):
         return {}
-    return {axis: mesh.shape[axis] for axis in AXES if axis in mesh.shape}
+    left = {axis: mesh.shape[axis] for axis in AXES if axis in mesh.shape and axis not in mesh.manual_axes}
+    return left if not mesh.manual_axes or math.prod(left.values()) > 1 else {}
+
+
+def row_devices() -> int:
+    """How many parts the rows of a batch are in."""
+    return math.prod(sizes().get(axis, 1) for axis in ROWS)
 
 
 def axes_for(length: int, axes: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -89,4 +95,29 @@ def run(function: Callable[..., Any], arguments: tuple, specs: tuple, out_specs:
         arguments,
         is_leaf=lambda a: isinstance(a, PartitionSpec),
     )
-    return jax.shard_map(function, in_specs=specs, out_specs=out_specs, check_vma=False)(*arguments)
+    free = set(sizes())
+    return jax.shard_map(function, in_specs=specs, out_specs=out_specs, axis_names=free, check_vma=False)(*arguments)
+
+
+def summed_over_rows(
+    function: Callable[..., tuple[Any, Any]], whole: tuple, divided: tuple, axes: Any, out_axes: Any
+) -> tuple[Any, Any]:
+    """function(*whole, *divided) -> (sums, others): each device's, of its own rows; the sums of all, added once after.
+
+    axes, out_axes: the axis of the rows of every leaf of `divided` and of `others`. What is divided over `tensor` and
+    `seq` still is.
+    """
+    if row_devices() == 1:
+        return function(*whole, *divided)
+
+    def rows(axis):
+        return PartitionSpec(*(None,) * axis, ROWS)
+
+    def run_rows(whole, divided):
+        sums, others = function(*whole, *divided)
+        return jax.lax.psum(sums, ROWS), others
+
+    specs = PartitionSpec(), jax.tree.map(rows, axes)
+    out_specs = PartitionSpec(), jax.tree.map(rows, out_axes)
+    run_rows = jax.shard_map(run_rows, in_specs=specs, out_specs=out_specs, axis_names=set(ROWS), check_vma=False)
+    return run_rows(whole, divided)
