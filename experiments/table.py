@@ -37,6 +37,8 @@ def places(table: dict[str, Any], done: list[dict]) -> dict[tuple[str, str], lis
     """(row, column) -> the result rows that belong there."""
     found: dict[tuple[str, str], list[dict]] = {}
     for result in done:
+        if "pruned" in result:  # given up on by a search: it has no test metrics
+            continue
         place = field(result, table["row"]), field(result, table["column"])
         if place[0] in table["rows"] and place[1] in table["columns"]:
             found.setdefault(place, []).append(result)

@@ -303,6 +303,7 @@ def fit(
     record: dict[str, Any] | None = None,
     told: Callable[[], bool] = lambda: False,
     stall_limit: int = 1800,
+    pruned: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train, resuming from the newest intact checkpoint in `workdir`; leaves the final parameters in `model`.
 
@@ -316,6 +317,8 @@ def fit(
     dispatches and between batches of an evaluation; where it says yes (`distributed.Stop`), the step is saved, and
     `Stopped` raised. Several processes need a mesh over all their devices, and one `workdir` that all see; where one
     of them waits for `stall_limit` seconds (0: for ever), it says for whom, and ends.
+    `pruned`: asked after each evaluation but the last; where it says yes the run ends there, and the result has that
+    step as `pruned` and no test_* metrics.
     """
     counts = {
         "steps": steps,
@@ -391,7 +394,7 @@ def fit(
         while True:
             if run.step < steps:
                 pause()
-            at, final = run.step, run.step == steps
+            at, final, given_up = run.step, run.step == steps, False
             if final or (eval_every and at and at % eval_every == 0):
                 with clock("evaluation"):
                     weights = run.state.average if options.ema else run.state.params
@@ -404,7 +407,8 @@ def fit(
                             for step in range(task.num_batches(split, eval_batch_size)):
                                 check_data(task, split, eval_batch_size, 0, step)
                 run.write_evaluation(at, results)
-            if final:
+                given_up = not final and distributed.of_first("compare the run with others", pruned)
+            if final or given_up:
                 break
             end = min(steps, *(at - at % each + each for each in (steps_per_dispatch, *every)))
             if feed:  # while the dispatch before still runs
@@ -418,11 +422,12 @@ def fit(
         result = (
             (record or {})
             | {
-                "steps": steps,
+                "steps": at,
                 "seed": seed,
                 "parameters": parameters,
                 "seconds": round(run.seconds(), 3),
             }
+            | ({"pruned": at} if given_up else {})
             | {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
         )
         if workdir is not None:
