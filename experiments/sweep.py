@@ -81,10 +81,9 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
         raise ValueError("--vectorize=on: one process runs a group at once: leave --launcher and --index out")
     configs = [sweep.config(run) for run in sweep.runs]
     say(console, headline(sweep.source, sweep.module, configs, workdir))
-    if run_one is train.run:
-        validate(sweep)
+    names = validate(sweep) if run_one is train.run else None
     if hasattr(sweep.module, "TABLE"):
-        table.check(sweep)
+        table.check(sweep, names)
     rows.prepare(workdir, sweep)
     if options.index is not None:
         sweep = sweep._replace(runs=sweep.runs[options.index : options.index + 1])

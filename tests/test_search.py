@@ -1,5 +1,6 @@
 """Random search and TPE behind the sweep: ids, spaces, resuming, what is refused."""
 
+import itertools
 import json
 import statistics
 
@@ -124,7 +125,12 @@ def test_what_falls_behind_the_median_is_pruned(source, tmp_path, capsys):
     assert sweep.main(argv, run_one=run_one) == 0
     done = list(rows.read(tmp_path / "w").values())
     losses = [row["valid_loss"] for row in done]
-    wanted = {x: 4 for i, x in enumerate(losses) if i >= 5 and x > statistics.median(losses[:i])}
+    wanted, reached = {}, {4: [], 8: []}
+    for loss, step in itertools.product(losses, reached):
+        if loss not in wanted:
+            if len(reached[step]) >= 5 and loss > statistics.median(reached[step]):
+                wanted[loss] = step
+            reached[step].append(loss)
     assert ended == wanted and 0 < len(ended) < 7
     plan = planning.load(f"{source}@random,12,0,median")
     (cell,) = table.cells(plan.module.TABLE, done).values()
@@ -154,7 +160,7 @@ def test_the_median_is_that_of_the_others_at_this_step(mine, others, wanted):
 def test_tpe_without_optuna_or_a_metric_ends_in_one_line(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     assert start(source, tmp_path / "w", "--search=tpe") == 2
-    assert "needs Optuna: pip install 'xlstm_jax[search]'" in capsys.readouterr().err
+    assert "need Optuna: pip install 'xlstm_jax[search]'" in capsys.readouterr().err
     with open(source, "a") as file:
         file.write("\ndel TABLE['select']\n")
     assert start(source, tmp_path / "v", "--search=tpe") == 2
