@@ -109,6 +109,7 @@ def connect(options: dict):
     settings = dict(runtime_env={"env_vars": known}, log_to_driver=False, logging_level="ERROR")
     if "address" not in options:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of this process alone needs no token
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs on a machine with other work
         ray.init(num_cpus=local.count(options), include_dashboard=False, **settings)
         return ray
     try:
