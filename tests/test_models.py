@@ -100,11 +100,11 @@ BAD = {
     "places": (lambda: build(backbone="xlstm", slstm_at=(2,)), r"slstm_at=\(2,\) must be different places from 0 to 1"),
     "places twice": (lambda: build(backbone="xlstm", slstm_at=(1, 1)), "must be different places"),
     "places of a ratio": (lambda: build(backbone="xlstm[1:1]", slstm_at=(0,)), "slstm_at is for backbone='xlstm'"),
-    "option of other blocks": (
+    "what a gate depends on": (
         lambda: build(backbone="xlstm[1:0]", input_gate_of="biases"),
         "unknown gate of 'biases'; nearest: bias",
     ),
-    (
+    "option of other blocks": (
         lambda: build(backbone="xlstm[1:0]", slstm_conv_width=0),
         r"slstm_conv_width: for sLSTM blocks, of which xlstm\[1:0\] has none",
     ),
