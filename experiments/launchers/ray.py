@@ -6,6 +6,7 @@ The nodes must see the folder and this source tree under the same names.
 import hashlib
 import os
 import subprocess
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -110,7 +111,9 @@ def connect(options: dict):
     if "address" not in options:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of this process alone needs no token
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs on a machine with other work
-        ray.init(num_cpus=local.count(options), include_dashboard=False, **settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # JAX's: what Ray forks becomes a program
+            ray.init(num_cpus=local.count(options), include_dashboard=False, **settings)
         return ray
     try:
         ray.init(address=options["address"], **settings)
