@@ -220,9 +220,12 @@ def run_id(overrides: dict[str, Any]) -> str:
     return "-".join([*words, digest])[-120:]
 
 
-def validate(sweep: Sweep) -> None:
-    """Builds every distinct task, optimiser and (abstractly) model: a wrong option shows before anything starts."""
-    seen = set()
+def validate(sweep: Sweep) -> set[str]:
+    """Builds every distinct task, optimiser and (abstractly) model: a wrong option shows before anything starts.
+
+    Returns the names of the numbers that some result row will have.
+    """
+    seen, names = set(), {"steps", "parameters", "seconds", "wall_seconds"}
     for run in sweep.runs:
         plain = resolve(sweep.config(run))
         try:
@@ -234,3 +237,6 @@ def validate(sweep: Sweep) -> None:
             seen.add(key)
         except ValueError as error:
             raise ValueError(f"run {run.id}: {error}") from None
+        scores = task.metrics(dict.fromkeys(("nll", "correct", "weight"), 1.0))
+        names |= {f"{split}_{name}" for split in ("valid", "test") for name in scores}
+    return names

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments import rows
+from experiments import pruning, rows
 from experiments.planning import Run, Sweep
 from xlstm_jax.checkpoint import is_full
 
@@ -32,6 +32,7 @@ def inline(
 
     Done, failed and other processes' runs are passed over. A full disk is nobody's failure: it stops the whole queue.
     """
+    pruner = pruning.pruner(sweep, workdir)
     with telling_of_a_full_disk(sweep, workdir):
         queue = in_order(sweep.runs if runs is None else runs, *worker)
         for number, run in enumerate(queue, start=1):
@@ -46,7 +47,8 @@ def inline(
                 folder.mkdir(parents=True, exist_ok=True)
                 start = time.monotonic()
                 try:
-                    result = run_one(sweep.config(run), folder, progress=progress)
+                    judged = {"pruned": pruner(run)} if pruner else {}
+                    result = run_one(sweep.config(run), folder, progress=progress, **judged)
                 except Exception as error:
                     if is_full(error):
                         raise

@@ -1,4 +1,5 @@
-"""Search beyond grids: `--config=FILE.py[:arg]@random,TRIALS,SEED` or `@tpe,TRIALS,SEED`, behind the same sweep.
+"""Search beyond grids: `--config=FILE.py[:arg]@random,TRIALS,SEED` or `@tpe,TRIALS,SEED`, behind the same sweep; with
+`,median` behind it, runs that fall behind end early (`experiments.pruning`).
 
 A config's `search(arg)` gives a space, {"optimizer.learning_rate": log_uniform(1e-4, 0.1), "seed": choice(0, 1, 2)};
 every row of its `sweep(arg)` gets TRIALS runs, each the row and a draw from the space.
@@ -21,6 +22,7 @@ from xlstm_jax import metrics
 from xlstm_jax.names import unknown
 
 METHODS = ("random", "tpe")
+PRUNERS = ("median",)
 PROPOSED = "search.jsonl"
 
 
@@ -86,6 +88,7 @@ class Search(NamedTuple):
     method: str
     trials: int
     seed: int
+    pruner: str = ""
 
 
 def parse(text: str) -> Search | None:
@@ -95,11 +98,14 @@ def parse(text: str) -> Search | None:
     method, *numbers = text.split(",")
     if method not in METHODS:
         raise ValueError(unknown("search", method, METHODS))
+    pruner = numbers.pop() if len(numbers) == 3 else ""
+    if pruner and pruner not in PRUNERS:
+        raise ValueError(unknown("pruner", pruner, PRUNERS))
     if len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or int(numbers[0]) < 1:
         raise ValueError(
             f"search {text!r}: wanted is {method},TRIALS,SEED with at least 1 trial, such as {method},20,0"
         )
-    return Search(method, *map(int, numbers))
+    return Search(method, *map(int, numbers), pruner)
 
 
 def check_space(space: Any, changes: list[dict[str, Any]]) -> None:
@@ -111,6 +117,11 @@ def check_space(space: Any, changes: list[dict[str, Any]]) -> None:
             raise ValueError(f"search(): {name} is {each!r}: uniform, log_uniform or choice is needed")
         if any(name in row for row in changes):
             raise ValueError(f"search() and sweep() both set {name}: leave it out of one of them")
+
+
+def is_of(overrides: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether a run belongs to this row of the sweep."""
+    return all(name in overrides and overrides[name] == value for name, value in row.items())
 
 
 def random_rows(space: dict, search: Search, changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -130,13 +141,14 @@ def proposals(workdir: Path) -> list[dict[str, Any]]:
 
 
 def propose(
-    workdir: Path, space: dict, search: Search, changes: list[dict], values: dict[str, float], lower: bool, most: int
+    workdir: Path, space: dict, search: Search, changes: list[dict], values: dict[str, tuple], lower: bool, most: int
 ) -> int:
     """Write down up to `most` further proposals for every row; returns how many there are new.
 
-    values: the validation metric of each finished run by its overrides (JSON, sorted); `lower`: smaller is better.
+    values: of each finished run, by its overrides (JSON, sorted), the validation metric, and the step at which it was
+    pruned or None; `lower`: smaller is better.
     """
-    optuna = _optuna()
+    learner = optuna()
     known = proposals(workdir)
     metrics.write_atomically(workdir / PROPOSED, "".join(json.dumps(each) + "\n" for each in known))  # no cut line
     new = 0
@@ -145,10 +157,12 @@ def propose(
             mine = [each for each in known if each["row"] == row]
             with warnings.catch_warnings(action="ignore"):  # that the constant liar is experimental
                 seed = (search.seed * 100_003 + len(mine)) % 2**32
-                sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-            study = optuna.create_study(sampler=sampler, direction="minimize" if lower else "maximize")
+                sampler = learner.samplers.TPESampler(seed=seed, constant_liar=True)
+            study = learner.create_study(sampler=sampler, direction="minimize" if lower else "maximize")
             for each in mine:
-                study.add_trial(_trial(optuna, each["drawn"], space, values.get(key(each["overrides"]))))
+                study.add_trial(
+                    _trial(learner, each["drawn"], space, *values.get(key(each["overrides"]), (None, None)))
+                )
             for _ in range(min(most, search.trials - len(mine))):
                 trial = study.ask()
                 drawn = {name: each.suggest(trial, name) for name, each in space.items()}
@@ -161,22 +175,30 @@ def key(overrides: dict[str, Any]) -> str:
     return json.dumps(overrides, sort_keys=True)
 
 
-def _trial(optuna, drawn: dict, space: dict, value: float | None):
+def _trial(learner, drawn: dict, space: dict, value: float | None, pruned: int | None):
     """A trial that Optuna learns from; without a finite value it failed."""
-    float_, categorical = optuna.distributions.FloatDistribution, optuna.distributions.CategoricalDistribution
+    float_, categorical = learner.distributions.FloatDistribution, learner.distributions.CategoricalDistribution
     kinds = {
         name: float_(each.low, each.high, log=each.log) if isinstance(each, Number) else categorical(each.values)
         for name, each in space.items()
     }
     good = value is not None and math.isfinite(value)
-    state = optuna.trial.TrialState.COMPLETE if good else optuna.trial.TrialState.FAIL
-    return optuna.trial.create_trial(params=drawn, distributions=kinds, value=value if good else None, state=state)
+    states = learner.trial.TrialState
+    made = dict(state=states.FAIL)
+    if good and pruned is None:
+        made = dict(state=states.COMPLETE, value=value)
+    elif good:
+        made = dict(state=states.PRUNED, value=value, intermediate_values={pruned: value})
+    return learner.trial.create_trial(params=drawn, distributions=kinds, **made)
 
 
-def _optuna():
+def optuna():
+    """The package, quiet; one line where it is absent."""
     try:
         import optuna
     except ImportError:
-        raise ValueError("--search=tpe needs Optuna: pip install 'xlstm_jax[search]'; random needs nothing") from None
+        raise ValueError(
+            "--search=tpe and --prune need Optuna: pip install 'xlstm_jax[search]'; --search=random alone needs nothing"
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

@@ -47,7 +47,8 @@ def best(sweep: Sweep, done: dict[str, dict]) -> tuple[str, str, float] | None:
     table = getattr(sweep.module, "TABLE", {})
     wanted = [(table.get("select", table.get("metric")), min if table.get("lower_is_better") else max), *GUESSES]
     for metric, better in wanted:
-        scores = {run.id: done.get(run.id, {}).get(metric) for run in sweep.runs}
+        whole = [run.id for run in sweep.runs if run.id in done and "pruned" not in done[run.id]]
+        scores = {name: done[name].get(metric) for name in whole}
         found = {name: value for name, value in scores.items() if isinstance(value, float)}
         if found:
             name = better(found, key=found.get)
@@ -73,6 +74,8 @@ def time_left(sweep: Sweep, workdir: Path, seen: Snapshot, workers: int) -> floa
 def summary(sweep: Sweep, workdir: Path, seen: Snapshot, workers: int) -> str:
     """ "3 done, 1 running, …; best valid_accuracy 0.9871 (id); 812 steps/s; about 1:05 left"."""
     words = [", ".join(f"{seen.count(s)} {s}" for s in STATES if s != "queued" or seen.count(s))]
+    if pruned := sum("pruned" in row for row in seen.done.values()):
+        words.append(f"{pruned} of them pruned")
     if seen.best:
         name, metric, value = seen.best
         words.append(f"best {metric} {value:.4f} ({name})")

@@ -14,6 +14,8 @@
     --search=random|tpe --trials=20 --search_seed=0
                        runs drawn from the config's search(arg), TRIALS for each row of its sweep(arg); the same as
                        --config=FILE.py[:arg]@random,20,0, by which the other commands know such a sweep
+    --prune=median     of a search: a run worse than the median of the others at an evaluation ends there (Optuna's
+                       pruner); @random,20,0,median
     --retry=failed     also what had failed; without it a failed run is only named
     --index=K          only the K-th run of the plan, from 0
     --config.a.b=v     changes a field for all runs but those that the sweep itself gives another value
@@ -29,7 +31,7 @@ import time
 
 from rich.console import Console
 
-from experiments import command, launchers, overview, rows, runner, search, status, table, vectorize
+from experiments import command, launchers, overview, pruning, rows, runner, search, status, table, vectorize
 from experiments.launchers.local import share_cores, worker_command
 from experiments.planning import Sweep, headline, load, parts, search_space, validate
 
@@ -52,12 +54,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--search", choices=search.METHODS)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--search_seed", type=int, default=0)
+    parser.add_argument("--prune", choices=search.PRUNERS)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # K/N, set by a launcher
     parser.add_argument("--only", help=argparse.SUPPRESS)  # ID,ID, set by a launcher
     options = parser.with_overrides(argv)
     if options.search:
         options.config += f"@{options.search},{options.trials},{options.search_seed}"
+        options.config += f",{options.prune}" if options.prune else ""
+    elif options.prune:
+        raise ValueError(f"--prune={options.prune}: it ends runs of a search: add --search=random or --search=tpe")
     return options
 
 
@@ -75,10 +81,9 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
         raise ValueError("--vectorize=on: one process runs a group at once: leave --launcher and --index out")
     configs = [sweep.config(run) for run in sweep.runs]
     say(console, headline(sweep.source, sweep.module, configs, workdir))
-    if run_one is train.run:
-        validate(sweep)
+    names = validate(sweep) if run_one is train.run else None
     if hasattr(sweep.module, "TABLE"):
-        table.check(sweep)
+        table.check(sweep, names)
     rows.prepare(workdir, sweep)
     if options.index is not None:
         sweep = sweep._replace(runs=sweep.runs[options.index : options.index + 1])
@@ -125,7 +130,7 @@ def searched(sweep: Sweep, options: argparse.Namespace, console: Console, run_on
     code = run(sweep, options, console, run_one) if sweep.runs else 0
     while True:
         done = rows.read(options.workdir).values()
-        values = {search.key(row["overrides"]): table.number(row, made["select"]) for row in done}
+        values = {search.key(row["overrides"]): (table.number(row, made["select"]), row.get("pruned")) for row in done}
         if not search.propose(options.workdir, space, found, sweep.changes, values, lower, most):
             return code
         sweep = load(options.config, options.overrides, options.workdir)
@@ -172,6 +177,7 @@ def check(options: argparse.Namespace, sweep: Sweep) -> dict:
         words.append(f"workers={options.workers}")
     if options.action == "submit" and options.launcher == "inline":
         raise ValueError("submit needs a launcher that goes on without this process: --launcher=local, slurm or ray")
+    pruning.pruner(sweep, options.workdir)
     found = launchers.parse_options(options.launcher, words)
     if options.launcher != "inline":
         launchers.get(options.launcher).check(options.action, found)

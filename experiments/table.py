@@ -37,6 +37,8 @@ def places(table: dict[str, Any], done: list[dict]) -> dict[tuple[str, str], lis
     """(row, column) -> the result rows that belong there."""
     found: dict[tuple[str, str], list[dict]] = {}
     for result in done:
+        if "pruned" in result:  # given up on by a search: it has no test metrics
+            continue
         place = field(result, table["row"]), field(result, table["column"])
         if place[0] in table["rows"] and place[1] in table["columns"]:
             found.setdefault(place, []).append(result)
@@ -54,8 +56,11 @@ def reduced(table: dict[str, Any], runs: list[dict]) -> tuple[str, ...]:
     return tuple(differing)
 
 
-def check(sweep: Sweep) -> dict[str, Any]:
-    """The TABLE of a config; one line where it names what is not there. Needs no results."""
+def check(sweep: Sweep, names: set[str] | None = None) -> dict[str, Any]:
+    """The TABLE of a config; one line where it names what is not there. Needs no results.
+
+    names: of the numbers that result rows will have, where they are known.
+    """
     if not hasattr(sweep.module, "TABLE"):
         raise ValueError(f"--config={sweep.source}: the file has no TABLE")
     table = sweep.module.TABLE
@@ -66,6 +71,9 @@ def check(sweep: Sweep) -> dict[str, Any]:
         if near := difflib.get_close_matches(name, (*REQUIRED, *OPTIONAL), n=1, cutoff=0.75):
             raise ValueError(f"unknown TABLE entry {name!r}; nearest: {near[0]}")
     aggregation.check(table)
+    for name in ("metric", "select"):
+        if names is not None and name in table and table[name] not in names:
+            raise ValueError(unknown(f"TABLE {name}", table[name], sorted(names)))
     runs = [{"id": r.id, "overrides": r.overrides, "config": sweep.config(r).to_dict()} for r in sweep.runs]
     for what in ("row", "column"):
         values = dict.fromkeys(field(run, table[what]) for run in runs)

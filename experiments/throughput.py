@@ -3,7 +3,7 @@
     --config=configs/papers/xlstm_formal_languages.py:reduced   its base config (the LSTM on parity), N seeds of it
     --runs=1,8,64              values of N
     --steps=200                of each run; its evaluation is that of the config
-    --out=results/vectorize    rows.jsonl, one row a measurement, and table.md
+    --out=results/throughput    rows.jsonl, one row a measurement, and table.md
     --config.a.b=v             changes a field
 
 Both are timed twice, with seeds of their own, from an empty folder to the written results, evaluation included: `first`
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--runs", default="1,8,64")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=command.folder, default=Path("results/vectorize"))
+    parser.add_argument("--out", type=command.folder, default=Path("results/throughput"))
     options = parser.with_overrides(argv)
     if not all(number.isdecimal() and int(number) > 0 for number in options.runs.split(",")):
         raise ValueError(f"--runs={options.runs}: numbers of runs, at least 1 each, separated by commas")

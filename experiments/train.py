@@ -44,10 +44,11 @@ def run(
     profile: int = 0,
     told: Callable[[], bool] = lambda: False,
     stall_limit: int = 1800,
+    pruned: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train as `config` says, or go on with it, or return what a finished run in `workdir` found: the result row.
 
-    profile: trace that many steps into `workdir`/profile. told, stall_limit: see `train.fit`.
+    profile: trace that many steps into `workdir`/profile. told, stall_limit, pruned: see `train.fit`.
     """
     workdir = Path(workdir).absolute()
     with distributed.together("read the config"):
@@ -91,6 +92,7 @@ def run(
             told=told,
             stall_limit=stall_limit,
             work=work,
+            pruned=pruned,
         )
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from experiments import rows, runner
+from experiments import pruning, rows, runner
 from experiments.build import (
     COUNTS,
     INTERVALS,
@@ -69,6 +69,7 @@ def launch_groups(
     As `runner.inline`, this passes over what is done, failed or another process's, and a full disk stops all.
     """
     done, run_group = rows.read(workdir), run_group or together
+    pruner = pruning.pruner(sweep, workdir)
     queue = groups(sweep, [run for run in (sweep.runs if runs is None else runs) if run.id not in done])
     while queue:
         group = queue.pop(0)
@@ -85,7 +86,8 @@ def launch_groups(
                 folder.mkdir(parents=True, exist_ok=True)
             start = time.monotonic()
             try:
-                results = run_group([sweep.config(run) for run in mine], folders)
+                judged = {"pruned": [pruner(run) for run in mine]} if pruner else {}
+                results = run_group([sweep.config(run) for run in mine], folders, **judged)
             except Exception as error:
                 if runner.is_full(error):
                     raise
@@ -105,10 +107,19 @@ def launch_groups(
                 rows.append(workdir, named | result | named | {"wall_seconds": share})
 
 
-def together(configs: list[ConfigDict], folders: list[Path], progress: bool = True) -> list[dict[str, Any] | Exception]:
-    """Train runs of one program, or go on with them: each one's result row, or how it diverged. One is run alone."""
+def together(
+    configs: list[ConfigDict],
+    folders: list[Path],
+    progress: bool = True,
+    pruned: list[Callable[[], bool]] | None = None,
+) -> list[dict[str, Any] | Exception]:
+    """Train runs of one program, or go on with them: each one's result row, or how it diverged. One is run alone.
+
+    pruned: of each run, asked after each evaluation but the last; where it says yes the run ends, and stands still.
+    """
+    pruned = pruned or [bool] * len(configs)
     if len(configs) == 1:
-        return [run_alone(configs[0], folders[0], progress=progress)]
+        return [run_alone(configs[0], folders[0], progress=progress, pruned=pruned[0])]
     plains = [resolve(config) for config in configs]
     first, task = plains[0], build_task(plains[0])
     for plain in plains:
@@ -128,7 +139,7 @@ def together(configs: list[ConfigDict], folders: list[Path], progress: bool = Tr
             tokenizers.save(task.coder, folder / "tokenizer")
         record = {"id": folder.name, "config": plain} | environment | {"data_hash": data_hash}
         settings = optim.settings(**plain["optimizer"], steps=plain["steps"])
-        members.append(vectorize.Member(initial(plain["seed"]), plain["seed"], settings, folder, record))
+        members.append(vectorize.Member(initial(plain["seed"]), plain["seed"], settings, folder, record, pruned[index]))
     if members:
         names = [name for name in (*COUNTS, *INTERVALS) if name not in ("seed", "max_bad_steps")]
         shared = {name: first[name] for name in names} | {"progress": progress, "label": f"{len(members)} runs"}

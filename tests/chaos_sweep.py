@@ -1,15 +1,19 @@
-"""A sweep killed again and again: python tests/chaos_sweep.py [--runs=200] [--kills=10] [--folder=DIR] [--seed=0]
+"""A sweep killed again and again: python tests/chaos_sweep.py [--runs=200] [--kills=10] [--folder=DIR] [--out=FILE]
 
 Runs a sweep of two-step runs with the local launcher undisturbed, then another that is killed (-9: the launcher, one
 worker, or all at once) at random moments and restarted, and compares: every run there exactly once, every value equal.
+Told to stop (SIGTERM), it ends what it has started; with a --folder the same command goes on, and no kill counts twice.
+--seed=0 chooses the moments; --out: a row with all of it is added to this file.
 --stand_in: nothing is trained and the processes are forked, seconds in all (the version in the test suite).
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +28,11 @@ from rich.console import Console  # noqa: E402
 from experiments import rows, runner  # noqa: E402
 from experiments.launchers import local  # noqa: E402
 from experiments.planning import load  # noqa: E402
+from xlstm_jax import metrics  # noqa: E402
 
 CONFIG = str(Path(__file__).parent / "configs" / "many.py")
 CLOCKS = ("seconds", "wall_seconds")
+VICTIMS = ("launcher", "worker", "all")
 
 
 def compare(sweep, calm: Path, disturbed: Path) -> str:
@@ -49,34 +55,51 @@ def children(process: int) -> list[int]:
         return []
 
 
-def real(sweep, source: str, folder: Path, kills: int, chance: random.Random) -> None:
-    """The real commands."""
+def real(sweep, source: str, folder: Path, kills: int, chance: random.Random) -> list[dict]:
+    """The real commands; returns the kills: whom, and how many of the runs were done."""
+    started: list[subprocess.Popen] = []
 
     def start(name: str) -> subprocess.Popen:
         command = [*local.worker_command(source, folder / name), "--launcher=local"]
         with open(folder / f"{name}.txt", "ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=local.environment(), start_new_session=True)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=local.environment(), start_new_session=True)
+        started.append(process)
+        return process
 
-    began = time.monotonic()
-    assert start("calm").wait() == 0, (folder / "calm.txt").read_text()[-2000:]
-    whole = time.monotonic() - began
-    print(f"undisturbed: {len(sweep.runs)} runs in {whole:.0f} s", flush=True)
-    process = start("disturbed")
-    for kill in range(kills):
-        time.sleep(chance.uniform(0.2, 1.5) * max(whole / kills, 6.0))
-        workers, how = children(process.pid), chance.choice(("launcher", "worker", "all"))
-        victims = {"launcher": [process.pid], "worker": workers[:1], "all": [process.pid, *workers]}[how]
-        for victim in victims:
-            try:
-                os.kill(victim, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        print(f"kill {kill + 1}: {how}, {len(rows.read(folder / 'disturbed'))} runs done", flush=True)
-        if how != "worker" or process.poll() is not None:
-            process.wait()
-            process = start("disturbed")
-    process.wait()
-    assert start("disturbed").wait() == 0, (folder / "disturbed.txt").read_text()[-2000:]
+    def log(name: str) -> str:
+        return (folder / f"{name}.txt").read_text()[-2000:]
+
+    moments = sorted(chance.sample(range(len(sweep.runs) * 19 // 20), kills))  # numbers of finished runs
+    plan = [(moment, chance.uniform(0.0, 4.0), chance.choice(VICTIMS)) for moment in moments]
+    lines = metrics.Lines(folder / "kills.jsonl")
+    try:
+        if len(rows.read(folder / "calm")) < len(sweep.runs):
+            shutil.rmtree(folder / "calm", ignore_errors=True)  # undisturbed means in one piece
+            assert start("calm").wait() == 0, log("calm")
+            print(f"undisturbed: {len(sweep.runs)} runs", flush=True)
+        process = start("disturbed")
+        for moment, pause, victim in plan[len(metrics.read(folder / "kills.jsonl")) :]:
+            while len(rows.read(folder / "disturbed")) < moment:
+                assert process.poll() is None, log("disturbed")
+                time.sleep(0.05)
+            time.sleep(pause)
+            workers, done = children(process.pid), len(rows.read(folder / "disturbed"))
+            for each in {"launcher": [process.pid], "worker": workers[:1], "all": [process.pid, *workers]}[victim]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
+            lines.write(victim=victim, workers=len(workers), done=done)
+            print(f"kill -9: {victim}, {done} runs done", flush=True)
+            if victim != "worker":
+                process.wait()
+                process = start("disturbed")
+        process.wait()
+        assert start("disturbed").wait() == 0, log("disturbed")
+    finally:
+        lines.close()
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return metrics.read(folder / "kills.jsonl")
 
 
 def pretend(config, folder: Path, progress: bool = True) -> dict:
@@ -120,17 +143,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--stand_in", action="store_true")
     options = parser.parse_args(argv)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     source, chance = f"{CONFIG}:{options.runs}", random.Random(options.seed)
     sweep = load(source)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     if options.stand_in:
         forked(sweep, folder, options.kills, chance)
+        kills = []
     else:
-        real(sweep, source, folder, options.kills, chance)
-    print(compare(sweep, folder / "calm", folder / "disturbed"))
+        kills = real(sweep, source, folder, options.kills, chance)
+    found = compare(sweep, folder / "calm", folder / "disturbed")
+    print(found)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        row = {"config": f"tests/configs/many.py:{options.runs}", "seed": options.seed, "found": found, "kills": kills}
+        with metrics.Lines(options.out) as lines:
+            lines.write(**row, **metrics.environment())
     return 0
 
 

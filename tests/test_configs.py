@@ -28,6 +28,7 @@ ARGS = {
     "configs/papers/tcn_synthetic.py": ("", "reduced", "paper", "reduced,copy_memory", "reduced,debug"),
     "configs/papers/scaling_laws.py": ("", "reduced", "paper", "reduced,debug"),
     "configs/papers/xlstm_ablations.py": ("", "reduced", "paper", "reduced,debug"),
+    "configs/papers/xlstm_gating.py": ("", "reduced", "paper", "reduced,debug"),
     "configs/papers/xlstm_formal_languages.py": ("", "demo", "reduced", "breadth,debug"),
     "configs/papers/deletang_chomsky.py": ("demo", "reduced,debug"),
     "configs/papers/state_tracking.py": ("demo", "reduced,debug"),

@@ -90,7 +90,14 @@ def test_mixers(x64, layer):
     make = {
         "mlstm": lambda **options: MLSTMLayer(16, num_heads=2, rngs=nnx.Rngs(0), **options),
         "mlstm_no_conv": lambda **options: MLSTMLayer(
-            16, num_heads=2, conv_width=0, use_bias=True, form="recurrent", rngs=nnx.Rngs(0), **options
+            16,
+            num_heads=2,
+            conv_width=0,
+            use_bias=True,
+            forget_gate_of="bias",
+            form="recurrent",
+            rngs=nnx.Rngs(0),
+            **options,
         ),
         "slstm": lambda **options: SLSTMLayer(16, num_heads=2, rngs=nnx.Rngs(0), **options),
         "slstm_no_conv": lambda **options: SLSTMLayer(16, num_heads=2, conv_width=0, rngs=nnx.Rngs(0), **options),

@@ -1,5 +1,7 @@
 """Models: pooling, layouts of a stack, names, and what bad inputs say (the contract is in test_contract.py)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 from xlstm_jax import models
+from xlstm_jax.blocks import MLSTMLayer
 from xlstm_jax.cells.wrappers import smallest_period
 from xlstm_jax.regularizers import dropout
 
@@ -46,6 +49,30 @@ def test_blocks_differ_by_their_place():
     assert len(np.unique(np.asarray(bias)[:, 1])) == 4  # the exponent of the forget bias grows with depth
 
 
+def test_gates_left_out_begin_as_those_that_are_there_and_learn_no_more_than_they_may():
+    """A gate starts from its bias alone, so each kind computes the same at first; what has no gradient is constant."""
+    xs = jax.random.normal(jax.random.key(0), (2, 4, 16))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(graphdef, params):
+        def loss(params):
+            ys, _ = nnx.merge(graphdef, params)(xs)
+            return jnp.square(ys).sum(), ys
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    found = {}
+    for kind in ("inputs", "bias", "constant"):
+        layer = MLSTMLayer(16, num_heads=2, form="parallel", forget_gate_of=kind, input_bias=0.0, rngs=nnx.Rngs(0))
+        found[kind] = gradients(*nnx.split(layer))
+    (of_inputs, ys), (of_bias, same), (of_none, too) = found.values()
+    np.testing.assert_allclose(same, ys, rtol=1e-6)
+    np.testing.assert_array_equal(same, too)
+    np.testing.assert_allclose(of_bias["f"]["bias"][...], of_inputs["f"]["bias"][...], rtol=1e-5)
+    assert np.abs(of_bias["f"]["bias"][...]).min() > 0 and not of_none["f"]["bias"][...].any()
+    assert "kernel" in of_inputs["f"] and "kernel" not in of_bias["f"]
+
+
 def test_dropout_needs_a_key():
     model = build(backbone="lstm_block", dropout=0.5)
     tokens = jnp.zeros((2, 4), int)
@@ -73,6 +100,10 @@ BAD = {
     "places": (lambda: build(backbone="xlstm", slstm_at=(2,)), r"slstm_at=\(2,\) must be different places from 0 to 1"),
     "places twice": (lambda: build(backbone="xlstm", slstm_at=(1, 1)), "must be different places"),
     "places of a ratio": (lambda: build(backbone="xlstm[1:1]", slstm_at=(0,)), "slstm_at is for backbone='xlstm'"),
+    "what a gate depends on": (
+        lambda: build(backbone="xlstm[1:0]", input_gate_of="biases"),
+        "unknown gate of 'biases'; nearest: bias",
+    ),
     "option of other blocks": (
         lambda: build(backbone="xlstm[1:0]", slstm_conv_width=0),
         r"slstm_conv_width: for sLSTM blocks, of which xlstm\[1:0\] has none",

@@ -55,6 +55,19 @@ def test_groups_are_what_one_program_can_do(source):
     assert vectorize.program(planning.override(base, same), together=False) != vectorize.program(base, together=False)
 
 
+def test_a_metric_that_no_run_will_have_is_told_before_the_first_run(source, tmp_path, capsys):
+    made = dict(title="T", row="seed", rows={"0": "0"}, column="steps", columns={"2": "2"}, aggregate="mean")
+    for wrong, message in (
+        ({"metric": "test_acuracy"}, "unknown TABLE metric 'test_acuracy'; nearest: test_accuracy"),
+        ({"metric": "test_loss", "select": "valid_los"}, "unknown TABLE select 'valid_los'; nearest: valid_loss"),
+    ):
+        with open(source, "a") as file:
+            file.write(f"\nTABLE = {made | wrong}\n")
+        assert sweep.main(["run", f"--config={source}", f"--workdir={tmp_path / 'w'}"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not (tmp_path / "w").exists()
+
+
 def test_the_plan_counts_programs_time_and_memory(source, tmp_path):
     plan, workdir = planning.load(source), tmp_path / "w"
     rows.prepare(workdir, plan)

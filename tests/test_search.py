@@ -1,10 +1,13 @@
 """Random search and TPE behind the sweep: ids, spaces, resuming, what is refused."""
 
+import itertools
 import json
+import statistics
 
 import pytest
 
-from experiments import planning, rows, search, sweep
+from experiments import planning, pruning, rows, search, status, sweep, table
+from xlstm_jax import metrics
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -26,6 +29,15 @@ TABLE = dict(
     title="T", row="model.backbone", rows={"a": "A", "b": "B"}, column="steps", columns={"10": "10"},
     metric="test_loss", select="valid_loss", aggregate="min", lower_is_better=True,
 )
+"""
+
+EVALUATED = """
+plain = get_config
+
+def get_config(arg=None):
+    config = plain(arg).unlock()
+    config.eval_every = 4
+    return config.lock()
 """
 
 
@@ -89,10 +101,66 @@ def test_tpe_comes_near_the_best_and_a_killed_search_goes_on(source, tmp_path, c
     assert min(abs(rate - 0.01) for rate in calls + more) < 5e-3
 
 
+def test_what_falls_behind_the_median_is_pruned(source, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    with open(source, "a") as file:
+        file.write("\ndef sweep(arg=None): return [{'model.backbone': 'a'}]\n")
+    ended, words = {}, ("--search=random", "--trials=12", "--prune=median")
+
+    def run_one(config, folder, progress=True, pruned=None):
+        loss = config.optimizer.learning_rate
+        with metrics.Lines(folder / "metrics.jsonl") as lines:
+            for step in (4, 8):
+                lines.write(step=step, split="valid", loss=loss)
+                if pruned():
+                    ended[loss] = step
+                    return {"steps": step, "seconds": 1.0, "pruned": step, "valid_loss": loss}
+        return {"steps": 10, "seconds": 1.0, "valid_loss": loss, "test_loss": loss}
+
+    argv = ["run", f"--config={source}", f"--workdir={tmp_path / 'w'}", *words]
+    assert sweep.main(argv, run_one=run_one) == 2
+    assert "--prune needs evaluations before the last step" in capsys.readouterr().err
+    with open(source, "a") as file:
+        file.write(EVALUATED)
+    assert sweep.main(argv, run_one=run_one) == 0
+    done = list(rows.read(tmp_path / "w").values())
+    losses = [row["valid_loss"] for row in done]
+    wanted, reached = {}, {4: [], 8: []}
+    for loss, step in itertools.product(losses, reached):
+        if loss not in wanted:
+            if len(reached[step]) >= 5 and loss > statistics.median(reached[step]):
+                wanted[loss] = step
+            reached[step].append(loss)
+    assert ended == wanted and 0 < len(ended) < 7
+    plan = planning.load(f"{source}@random,12,0,median")
+    (cell,) = table.cells(plan.module.TABLE, done).values()
+    assert len(cell.runs) == 1 and cell.value == min(losses)
+    seen = status.snapshot(plan, tmp_path / "w")
+    assert f"{len(ended)} of them pruned" in status.summary(plan, tmp_path / "w", seen, 1)
+
+
+@pytest.mark.parametrize(
+    "mine,others,wanted",
+    [
+        ({4: 2.0}, [{4: 1.0}] * 4, False),  # too few to compare with
+        ({4: 2.0}, [{4: 1.0}] * 5, True),
+        ({4: 1.0}, [{4: 1.0}] * 5, False),
+        ({4: 0.5, 8: 2.0}, [{4: 1.0, 8: 1.0}] * 5, False),  # the best that it has reached counts
+        ({4: 2.0, 8: 2.0}, [{4: 1.0}] * 5, False),  # none of them has got as far
+        ({4: 2.0}, [{4: float("nan")}] * 9, False),
+        ({4: float("nan")}, [{4: 1.0}] * 5, True),
+        ({}, [{4: 1.0}] * 5, False),
+    ],
+)
+def test_the_median_is_that_of_the_others_at_this_step(mine, others, wanted):
+    optuna = pytest.importorskip("optuna")
+    assert pruning.behind(optuna, mine, others, lower=True) == wanted
+
+
 def test_tpe_without_optuna_or_a_metric_ends_in_one_line(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     assert start(source, tmp_path / "w", "--search=tpe") == 2
-    assert "needs Optuna: pip install 'xlstm_jax[search]'" in capsys.readouterr().err
+    assert "need Optuna: pip install 'xlstm_jax[search]'" in capsys.readouterr().err
     with open(source, "a") as file:
         file.write("\ndel TABLE['select']\n")
     assert start(source, tmp_path / "v", "--search=tpe") == 2
@@ -105,6 +173,7 @@ def test_tpe_without_optuna_or_a_metric_ends_in_one_line(source, tmp_path, capsy
         ("@radnom,3,0", "unknown search 'radnom'; nearest: random"),
         ("@random,3", "wanted is random,TRIALS,SEED"),
         ("@random,0,0", "at least 1 trial"),
+        ("@random,3,0,mean", "unknown pruner 'mean'; nearest: median"),
     ],
 )
 def test_wrong_searches(source, words, message):

@@ -21,23 +21,25 @@ def settings(rate, decay, **other):
     return optim.settings(learning_rate=rate, weight_decay=decay, steps=STEPS, warmup_steps=2, **other)
 
 
-def members(folder, runs=RUNS):
+def members(folder, runs=RUNS, pruned=None):
     made = []
     for seed, rate, decay in runs:
         params = nnx.split(model(seed, dropout=0.1))[1]
-        made.append(vectorize.Member(params, seed, settings(rate, decay), folder / str(seed), {"id": str(seed)}))
+        own = settings(rate, decay), folder / str(seed), {"id": str(seed)}
+        made.append(vectorize.Member(params, seed, *own, pruned=lambda seed=seed: seed == pruned))
     return made
 
 
-def together(folder, runs=RUNS, **counts):
+def together(folder, runs=RUNS, pruned=None):
     graphdef = nnx.split(model(dropout=0.1))[0]
-    return vectorize.fit(members(folder, runs), graphdef, TASK, progress=False, **(COUNTS | counts))
+    return vectorize.fit(members(folder, runs, pruned), graphdef, TASK, progress=False, **COUNTS)
 
 
-def alone(folder, seed, rate, decay):
+def alone(folder, seed, rate, decay, **options):
     tx = optim.make(learning_rate=rate, weight_decay=decay, steps=STEPS, warmup_steps=2)
     made = model(seed, dropout=0.1)
-    return train.fit(made, TASK, tx, seed=seed, workdir=folder, record={"id": folder.name}, progress=False, **COUNTS)
+    options |= COUNTS | {"record": {"id": folder.name}}
+    return train.fit(made, TASK, tx, seed=seed, workdir=folder, progress=False, **options)
 
 
 def numbers(row):
@@ -102,13 +104,23 @@ def test_a_killed_group_goes_on_each_run_from_its_own_checkpoint(whole, tmp_path
         assert (tmp_path / seed / "metrics.jsonl").read_text() == (folder / seed / "metrics.jsonl").read_text()
 
 
-def test_a_run_that_diverges_stops_alone(whole, tmp_path):
+def test_runs_that_diverge_or_are_pruned_stop_alone(whole, tmp_path):
     folder, results = whole
-    found = together(tmp_path, [RUNS[0], (7, 1e38, 0.1), RUNS[2]])
+    found = together(tmp_path, [RUNS[0], (7, 1e38, 0.1), RUNS[2]], pruned=2)
     assert isinstance(found[1], train.Diverged) and "diverged at step" in str(found[1])
     assert not (tmp_path / "7/result.json").exists()
-    for index in (0, 2):
-        assert numbers(found[index]) == numbers(results[index])
+    assert numbers(found[0]) == numbers(results[0]) and "pruned" not in found[0]
+    (kept,) = (row for row in metrics.read(folder / "2/metrics.jsonl") if row["step"] == 6 and row["split"] == "valid")
+    assert (found[2]["pruned"], found[2]["steps"], found[2]["valid_loss"]) == (6, 6, kept["loss"])
+    assert not any(name.startswith("test_") for name in found[2])
+    assert json.loads((tmp_path / "2/result.json").read_text()) == found[2]
+    assert metrics.read(tmp_path / "2/metrics.jsonl")[-1] == kept
+
+
+def test_a_run_alone_is_pruned_too(whole, tmp_path):
+    found = alone(tmp_path / "0", *RUNS[0], pruned=lambda: True)
+    assert (found["pruned"], found["steps"]) == (6, 6) and not any(name.startswith("test_") for name in found)
+    assert found == json.loads((tmp_path / "0/result.json").read_text())
 
 
 def test_the_axis_of_runs_lies_on_the_devices(whole):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from .cells.arguments import check_inputs
 from .cells.base import Cell, masked
-from .cells.mlstm import MLSTM, gate
+from .cells.mlstm import MLSTM, BiasGate, gate
 from .cells.slstm import SLSTM, SLSTMState
 from .initializers import Initializer, initializer, small_init, wang_init
 from .kernels import local
@@ -85,7 +85,8 @@ class MLSTMLayer(Cell):
     [a, z] = up(x);   c = SiLU(conv(a));   q, k of c, v of a by blocks of 4;   gates of [q, k, v]
     y = down((norm(mlstm(q, k, v)) + skip c) SiLU(z))
 
-    `conv_width=0` leaves the convolution out: c = SiLU(a).
+    `conv_width=0` leaves the convolution out: c = SiLU(a). `input_gate_of` and `forget_gate_of`: "inputs", or "bias" or
+    "constant" in the ablation of the gates (Tab. 2): see `cells.mlstm.gate`.
     """
 
     forms, chosen_forms = MLSTM.forms, MLSTM.chosen_forms
@@ -100,6 +101,10 @@ class MLSTMLayer(Cell):
         conv_width: int = 4,
         qkv_block: int = 4,
         use_bias: bool = False,
+        input_gate_of: str = "inputs",
+        forget_gate_of: str = "inputs",
+        input_bias: Initializer | str | float = "normal(0.1)",
+        forget_bias: Initializer | str | float = "linspace(3, 6)",
         num_blocks: int = 1,
         form: str = "chunkwise",
         chunk_size: int = 64,
@@ -123,8 +128,8 @@ class MLSTMLayer(Cell):
         self.up = nnx.Linear(features, 2 * inner, **small)
         self.conv = CausalConv(inner, conv_width, **shared) if conv_width else None
         self.q, self.k, self.v = (HeadwiseLinear(inner, inner // qkv_block, **small) for _ in "qkv")
-        self.i = gate(3 * inner, num_heads, initializer("normal(0.1)"), param_dtype, rngs)
-        self.f = gate(3 * inner, num_heads, initializer("linspace(3, 6)"), param_dtype, rngs)
+        self.i = gate(3 * inner, num_heads, initializer(input_bias), param_dtype, rngs, of=input_gate_of)
+        self.f = gate(3 * inner, num_heads, initializer(forget_bias), param_dtype, rngs, of=forget_gate_of)
         self.norm = Norm(inner, num_heads, residual=True, param_dtype=param_dtype)
         self.skip = nnx.Param(jnp.ones(inner, param_dtype))
         wang = wang_init(features, num_blocks)
@@ -160,8 +165,7 @@ class MLSTMLayer(Cell):
             q,
             k,
             v,
-            local.of_parts(self.i, qkv),
-            local.of_parts(self.f, qkv),
+            *(each(xs) if isinstance(each, BiasGate) else local.of_parts(each, qkv) for each in (self.i, self.f)),
             memory,
             form=self.form,
             chunk_size=self.chunk_size,

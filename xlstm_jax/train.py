@@ -349,6 +349,7 @@ def fit(
     told: Callable[[], bool] = lambda: False,
     stall_limit: int = 1800,
     work: metrics.Work | None = None,
+    pruned: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train, resuming from the newest intact checkpoint in `workdir`; leaves the final parameters in `model`.
 
@@ -363,7 +364,8 @@ def fit(
     dispatches and between batches of an evaluation; where it says yes (`distributed.Stop`), the step is saved, and
     `Stopped` raised. Several processes need a mesh over all their devices, and one `workdir` that all see; where one
     of them waits for `stall_limit` seconds (0: for ever), it says for whom, and ends. `work`: what timing.jsonl is to
-    tell speed by, beside steps and tokens a second.
+    tell speed by, beside steps and tokens a second. `pruned`: asked after each evaluation but the last; where it says
+    yes the run ends there, and the result has that step as `pruned` and no test_* metrics.
     """
     counts = {
         "steps": steps,
@@ -455,7 +457,7 @@ def fit(
         while True:
             if run.step < steps:
                 pause()
-            at, final = run.step, run.step == steps
+            at, final, given_up = run.step, run.step == steps, False
             if final or (eval_every and at and at % eval_every == 0):
                 with clock("evaluation"):
                     weights = run.state.average if options.ema else run.state.params
@@ -471,7 +473,8 @@ def fit(
                     if final:
                         results["test"] = look(weights, "test", pause)
                 run.write_evaluation(at, results)
-            if final:
+                given_up = not final and distributed.of_first("compare the run with others", pruned)
+            if final or given_up:
                 break
             end = min(steps, *(at - at % each + each for each in (steps_per_dispatch, *every)))
             if feed:  # while the dispatch before still runs
@@ -490,12 +493,13 @@ def fit(
         result = (
             (record or {})
             | {
-                "steps": steps,
+                "steps": at,
                 "seed": seed,
                 "parameters": parameters,
                 "seconds": round(run.seconds(), 3),
             }
             | own
+            | ({"pruned": at} if given_up else {})
             | {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
         )
         if workdir is not None:

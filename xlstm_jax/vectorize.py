@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import operator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class Member(NamedTuple):
     settings: optim.Settings
     workdir: Path
     record: dict[str, Any]
+    pruned: Callable[[], bool] = bool  # see `train.fit`
 
 
 def split_numbers(settings: list[optim.Settings]) -> tuple[optim.Settings, dict[str, list]]:
@@ -106,7 +108,7 @@ def fit(
         stack.callback(group.progress.close)
         state, at = _stack([run.state for run in runs], mesh), 0
         del params, first, opened
-        while left := [run.step for index, run in enumerate(runs) if index not in group.failed]:
+        while left := [run.step for index, run in enumerate(runs) if index not in group.ended]:
             at = max(at, min(left))
             final = at == steps
             if final or (eval_every and at and at % eval_every == 0):
@@ -119,6 +121,8 @@ def fit(
                     results = {split: each[index] for split, each in zip(splits, evaluations)}
                     runs[index].write_evaluation(at, results)
                     group.results[index] = results
+                if not final:
+                    group.ended |= {index: at for index in group.alive(at) if members[index].pruned()}
             if final:
                 break
             end = min(
@@ -145,14 +149,14 @@ class _Group:
     def __init__(self, runs: list, names: list[str], steps: int, label: str, progress: bool):
         self.runs, self.names, self.pending = runs, names, None
         self.results: dict[int, dict] = {}
-        self.failed: dict[int, train.Diverged] = {}
+        self.ended: dict[int, train.Diverged | int] = {}  # before the last step: how, or where it was pruned
         self.progress = metrics.Progress(steps, min(run.step for run in runs), label, enabled=progress)
         if began := sorted({run.step for run in runs} - {0}):
             self.progress.note(f"resumed at step {', '.join(map(str, began))}")
 
     def alive(self, at: int) -> list[int]:
-        """The runs that take part at this step: not diverged, and not resumed from a later one."""
-        return [i for i, run in enumerate(self.runs) if i not in self.failed and run.step <= at]
+        """The runs that take part at this step: not ended, and not resumed from a later one."""
+        return [i for i, run in enumerate(self.runs) if i not in self.ended and run.step <= at]
 
     def read_pending(self, state: train.TrainState) -> None:
         """Wait for the pending dispatch; write its metrics, each run's into its own folder; note who diverged."""
@@ -160,24 +164,26 @@ class _Group:
             return
         start, end, history, took_part = self.pending
         self.pending, history = None, jax.device_get(history)
-        for index in (i for i in took_part if i not in self.failed):
+        for index in (i for i in took_part if i not in self.ended):
             run, mine = self.runs[index], jax.tree.map(operator.itemgetter((slice(None), index)), history)
             run.pending = (start, end, mine)
             good = mine.good[: end - start].all()
             try:
                 run.read_pending(state if good else _take(jax.device_get(state), index))
             except train.Diverged as error:
-                self.failed[index] = error
+                self.ended[index] = error
                 self.progress.note(f"{self.names[index]}: {error}")
         losses = [x for x in history.loss[end - start - 1, took_part].tolist() if math.isfinite(x)]
         self.progress.update(end, math.fsum(losses) / max(len(losses), 1))
 
     def finish(self, index: int, member: Member, steps: int, parameters: int) -> dict[str, Any] | train.Diverged:
         """Write and return a run's result; of a run that diverged, the error."""
-        if index in self.failed:
-            return self.failed[index]
+        pruned = self.ended.get(index)
+        if isinstance(pruned, train.Diverged):
+            return pruned
         run, count = self.runs[index], len(self.runs)
-        own = {"steps": steps, "seed": member.seed, "parameters": parameters, "runs_together": count}
+        own = {"steps": steps if pruned is None else pruned, "seed": member.seed, "parameters": parameters}
+        own |= {"runs_together": count} | ({} if pruned is None else {"pruned": pruned})
         own["seconds"] = round(run.seconds() / count, 3)
         scores = {f"{s}_{name}": value for s, found in self.results[index].items() for name, value in found.items()}
         run.checkpoints.latest()  # a result stands only beside a complete checkpoint

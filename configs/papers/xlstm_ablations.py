@@ -11,7 +11,7 @@
 | `paper`   | the same with 24 blocks of width 512 and 20,000 steps     | hours a run, H100       |
 
 `debug` shrinks every run to seconds. The paper's perplexities are of 400 to 600 million parameters on SlimPajama. Its
-ablation of the mLSTM's gates is not here: gates cannot be left out yet.
+ablation of the mLSTM's gates is `xlstm_gating.py`.
 """
 
 import itertools

@@ -6,6 +6,7 @@ The nodes must see the folder and this source tree under the same names.
 import hashlib
 import os
 import subprocess
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -109,7 +110,10 @@ def connect(options: dict):
     settings = dict(runtime_env={"env_vars": known}, log_to_driver=False, logging_level="ERROR")
     if "address" not in options:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of this process alone needs no token
-        ray.init(num_cpus=local.count(options), include_dashboard=False, **settings)
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs on a machine with other work
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # JAX's: what Ray forks becomes a program
+            ray.init(num_cpus=local.count(options), include_dashboard=False, **settings)
         return ray
     try:
         ray.init(address=options["address"], **settings)

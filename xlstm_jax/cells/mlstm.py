@@ -16,6 +16,7 @@ from ..kernels import mlstm as kernel
 from ..kernels.choice import CHOSEN_FORMS
 from ..kernels.memory import check_budget
 from ..kernels.mlstm import MLSTMState
+from ..names import unknown
 from .arguments import check_inputs
 from .base import Cell, compute_dtype, linear
 
@@ -102,11 +103,38 @@ class MLSTM(Cell):
         return jax.nn.sigmoid(linear(self.o, xs, dtype)) * h.reshape(B, T, self.features), state
 
 
+class BiasGate(nnx.Module):
+    """A gate that sees no inputs: its bias at all times, learned or not."""
+
+    def __init__(self, num_heads: int, bias_init: Initializer, learned: bool, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.bias, self.learned = nnx.Param(bias_init(rngs.params(), (num_heads,), param_dtype)), learned
+
+    def __call__(self, xs: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
+        """The pre-activation of every step of inputs like xs."""
+        bias = self.bias[...] if self.learned else jax.lax.stop_gradient(self.bias[...])
+        return jnp.broadcast_to(bias[None, None], (*xs.shape[:2], bias.size))
+
+
+GATES_OF = ("inputs", "bias", "constant")
+
+
 def gate(
-    in_features: int, num_heads: int, bias_init: Initializer, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Linear:
-    """A gate's pre-activation, one a head, in float32 or wider; it starts from its bias alone."""
+    in_features: int,
+    num_heads: int,
+    bias_init: Initializer,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    of: str = "inputs",
+) -> nnx.Linear | BiasGate:
+    """A gate's pre-activation, one a head, in float32 or wider; it starts from its bias alone.
+
+    of: what it depends on, "inputs"; "bias", one learned number a head; "constant", the initial bias for ever.
+    """
+    if of not in GATES_OF:
+        raise ValueError(unknown("gate of", of, GATES_OF))
     dtype = jnp.promote_types(param_dtype, jnp.float32)
+    if of != "inputs":
+        return BiasGate(num_heads, bias_init, of == "bias", param_dtype, rngs)
     zeros = jax.nn.initializers.zeros
     return nnx.Linear(
         in_features, num_heads, kernel_init=zeros, bias_init=bias_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
