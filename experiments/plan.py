@@ -275,6 +275,9 @@ def figure(plans: list[dict[str, Any]], path: Path) -> None:
                 points = [p["chips"] for p in some], [value(p) for p in some]
                 style = dict(linestyle="--") if how == "formula" else dict(marker="o", linestyle=lines)
                 ax.plot(*points, color=f"C{colour}", label=f"{label}, {how}" if some else None, **style)
+        if ax is axes[0]:
+            for limit in {p["limit_bytes"] for p in plans}:
+                ax.axhline(limit / GIB, color="0.6", linewidth=1, linestyle=":", label="a chip's memory")
         ax.set(title=title, xlabel="chips", xscale="log", yscale="log")
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.grid(alpha=0.3)
