@@ -105,12 +105,13 @@ def test_what_speed_is_told_by():
         (3, "config.mesh is 3: a dictionary"),
         ({"data": 3}, "config.mesh: mesh data=3 does not fit 8 devices"),
         ({"data": 8}, "config.mesh: batch_size=4 does not divide"),
+        ({"data": 4, "seq": 2}, "config.mesh: batch_size / accumulate=2 does not divide over data x fsdp = 4"),
     ],
 )
 def test_a_wrong_mesh_in_a_config(mesh, words, tmp_path):
     config, _ = read("tests/configs/tiny.py", ["batch_size=4", "eval_batch_size=4"])
     with pytest.raises(ValueError, match=words):
-        train.run(ConfigDict(config.to_dict() | {"mesh": mesh}), tmp_path / "run")
+        train.run(ConfigDict(config.to_dict() | {"mesh": mesh, "accumulate": 2}), tmp_path / "run")
 
 
 def test_search_takes_the_cheapest_remat_of_the_largest_batch(monkeypatch):
