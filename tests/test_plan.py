@@ -203,6 +203,19 @@ def test_what_no_formula_is_for(change, words):
         growth.on_paper(resolve(config) | change, topology.topology("v5p:2x2x2"))
 
 
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--rows=0", "--rows=0: at least 1 is needed"),
+        ("--compile=v5p:9x9x9", "unknown topology 'v5p:9x9x9'; nearest: v5p:"),
+        ("--batch=6145", "6145 rows do not divide over 8 devices"),
+    ],
+)
+def test_growth_that_cannot_be(argument, words, tmp_path, capsys):
+    assert growth.main([argument, "--topology=v5p:2x2x2", f"--out={tmp_path}"]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_growth_needs_a_compiled_peak():
     with pytest.raises(ValueError, match="nothing was compiled yet"):
         growth.with_peaks([], [])
