@@ -95,7 +95,7 @@ def test_what_speed_is_told_by():
     devices = [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 2
     assert flops.work(model, 5, devices) == (3 * flops.forward_flops(model), 2 * 989e12, 2)  # 2 of 4 blocks are sLSTM
     assert flops.work(model, 5, jax.devices()[:1]).peak is None  # of a CPU nothing is claimed
-    conv = cells.ConvLSTM(1, 2, kernel_size=3, space=(4, 4), rngs=nnx.Rngs(0))
+    conv = nnx.eval_shape(lambda: cells.ConvLSTM(1, 2, kernel_size=3, space=(4, 4), rngs=nnx.Rngs(0)))
     assert flops.work(conv, 5, devices).flops is None
 
 
