@@ -13,6 +13,7 @@ rates allow if computation, memory and links overlap entirely; nothing here has 
 import json
 import math
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -57,8 +58,7 @@ def plan(plain: dict[str, Any], where: Topology, hlo: Path | None = None) -> dic
     """The plan of a resolved config on a topology, as plain numbers; bytes and FLOPs are a chip's."""
     parts = abstract(plain)
     mesh = sharding.make_mesh(plain.get("mesh"), where.devices())
-    program, seconds = compiled(parts, mesh)
-    text = program.as_text()
+    program, text, seconds = compiled(parts, mesh)
     if hlo:
         hlo.write_text(text, encoding="utf-8")
     found = collectives(text, mesh.size // where.slices, where.slices)
@@ -133,8 +133,11 @@ def abstract(plain: dict[str, Any]) -> Abstract:
     return Abstract(task, tx, model, state, task.shapes(rows), options)
 
 
-def compiled(parts: Abstract, mesh: Mesh) -> tuple[Any, float]:
-    """The train step's program for the devices of a mesh, and seconds of compiling."""
+def compiled(parts: Abstract, mesh: Mesh) -> tuple[Any, str, float]:
+    """The train step's program for the devices of a mesh, its HLO, and seconds of compiling.
+
+    The HLO is what the compiler wrote down: `as_text` of a program for v5p fails (an async-update of three operands).
+    """
     rows, seq_len = parts.batch.inputs.shape[:2]
     row_counts = {"batch_size": rows, "batch_size / accumulate": rows // parts.options.accumulate}
     sharding.check(mesh, batch_sizes=row_counts, seq_len=seq_len, model=parts.model)
@@ -153,7 +156,11 @@ def compiled(parts: Abstract, mesh: Mesh) -> tuple[Any, float]:
         batch = jax.tree.map(lambda leaf: placed(leaf, divided), parts.batch)
         start = time.monotonic()
         lowered = jax.jit(step, donate_argnums=0).lower(jax.tree.map(placed, parts.state, specs), batch)
-        return lowered.compile(compiler_options=CENSUS), time.monotonic() - start
+        with tempfile.TemporaryDirectory() as folder:
+            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            program = lowered.compile(compiler_options=CENSUS | dump)
+            (file,) = Path(folder).glob("*jit_step*.after_optimizations.txt")
+            return program, file.read_text(encoding="utf-8"), time.monotonic() - start
 
 
 def abstract_task(plain: dict[str, Any]) -> SimpleNamespace:
@@ -275,6 +282,9 @@ def figure(plans: list[dict[str, Any]], path: Path) -> None:
                 points = [p["chips"] for p in some], [value(p) for p in some]
                 style = dict(linestyle="--") if how == "formula" else dict(marker="o", linestyle=lines)
                 ax.plot(*points, color=f"C{colour}", label=f"{label}, {how}" if some else None, **style)
+        if ax is axes[0]:
+            for limit in {p["limit_bytes"] for p in plans}:
+                ax.axhline(limit / GIB, color="0.6", linewidth=1, linestyle=":", label="a chip's memory")
         ax.set(title=title, xlabel="chips", xscale="log", yscale="log")
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.grid(alpha=0.3)
