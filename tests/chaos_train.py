@@ -111,7 +111,7 @@ def member(words: list[str], *, log: Path, restoring: Path, cache: Path) -> None
     os._exit(code)
 
 
-def codes(processes: list[subprocess.Popen], limit: float = 120) -> list[int]:
+def codes(processes: list[subprocess.Popen], limit: float = 300) -> list[int]:
     """The exit codes, when all have ended; TimeoutError, and all killed, where one hangs."""
     deadline = time.monotonic() + limit
     try:
