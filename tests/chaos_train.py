@@ -34,10 +34,10 @@ from experiments import train
 from xlstm_jax.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-SAVE_EVERY, STEPS, DISPATCH = 20, 240, 5
+SAVE_EVERY, STEPS, DISPATCH = 10, 120, 5
 CONFIG = [
     "--config=tests/configs/tiny.py",
-    *(f"--config.steps={STEPS}", f"--config.save_every={SAVE_EVERY}", "--config.eval_every=60"),
+    *(f"--config.steps={STEPS}", f"--config.save_every={SAVE_EVERY}", "--config.eval_every=30"),
     *("--config.log_every=1", f"--config.steps_per_dispatch={DISPATCH}", "--config.task.num_eval=32"),
 ]
 AGAIN = 75

@@ -17,13 +17,18 @@ def tree(value):
     return {"w": jnp.full((3, 4), float(value)), "n": jnp.int32(value)}
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """Steps 1 and 2 of a run, and a state that fits them."""
-    with Checkpoints(tmp_path / "run") as checkpoints:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    with Checkpoints(tmp_path_factory.mktemp("written") / "run") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, tree(step))
-    return tmp_path / "run"
+    return checkpoints._folder
+
+
+@pytest.fixture
+def saved(tmp_path, written):
+    """Steps 1 and 2 of a run, which `tree` fits."""
+    return shutil.copytree(written, tmp_path / "run")
 
 
 def truncate(path):

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.launch import __main__ as launch
 from experiments.launch import job, slurm, tpu
+from xlstm_jax import metrics
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs/bible.py") + ":reduced,lstm"
 TPU = ["--name=a", "--zone=us-west4-a", "--topology=v5e:16x16"]
@@ -108,7 +109,7 @@ def test_logs_of_any_host(capsys):
         assert shlex.split(capsys.readouterr().out)[5:7] == where
 
 
-def test_an_archive_names_its_commit(tmp_path):
+def test_an_archive_names_its_commit(tmp_path, monkeypatch):
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         pytest.skip("no git repository here")
@@ -116,9 +117,8 @@ def test_an_archive_names_its_commit(tmp_path):
     subprocess.run(["tar", "-x"], cwd=tmp_path, input=archive, check=True)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
     assert (tmp_path / "xlstm_jax/COMMIT").read_text().strip() == head
-    script = "from xlstm_jax import names; import runpy; print(runpy.run_path('xlstm_jax/metrics.py')['commit']())"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == head, done.stderr
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "xlstm_jax/metrics.py"))
+    assert metrics.commit() == head
 
 
 @pytest.mark.parametrize(
