@@ -48,7 +48,7 @@ def exit_code(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args, **options) -> int:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what the one line says
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises too: the one line says it
         try:
             return main(*args, **options)
         except OSError as error:

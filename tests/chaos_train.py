@@ -34,10 +34,10 @@ from experiments import train
 from xlstm_jax.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-SAVE_EVERY, STEPS, DISPATCH = 20, 240, 5
+SAVE_EVERY, STEPS, DISPATCH = 10, 120, 5
 CONFIG = [
     "--config=tests/configs/tiny.py",
-    *(f"--config.steps={STEPS}", f"--config.save_every={SAVE_EVERY}", "--config.eval_every=60"),
+    *(f"--config.steps={STEPS}", f"--config.save_every={SAVE_EVERY}", "--config.eval_every=30"),
     *("--config.log_every=1", f"--config.steps_per_dispatch={DISPATCH}", "--config.task.num_eval=32"),
 ]
 AGAIN = 75
@@ -111,7 +111,7 @@ def member(words: list[str], *, log: Path, restoring: Path, cache: Path) -> None
     os._exit(code)
 
 
-def codes(processes: list[subprocess.Popen], limit: float = 120) -> list[int]:
+def codes(processes: list[subprocess.Popen], limit: float = 300) -> list[int]:
     """The exit codes, when all have ended; TimeoutError, and all killed, where one hangs."""
     deadline = time.monotonic() + limit
     try:

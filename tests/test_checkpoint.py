@@ -10,20 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlstm_jax.checkpoint import FORMAT, MANIFEST, Checkpoints, damaged
+from xlstm_jax.checkpoint import FORMAT, MANIFEST, Checkpoints
 
 
 def tree(value):
     return {"w": jnp.full((3, 4), float(value)), "n": jnp.int32(value)}
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """Steps 1 and 2 of a run, and a state that fits them."""
-    with Checkpoints(tmp_path / "run") as checkpoints:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    with Checkpoints(tmp_path_factory.mktemp("written") / "run") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, tree(step))
-    return tmp_path / "run"
+    return checkpoints._folder
+
+
+@pytest.fixture
+def saved(tmp_path, written):
+    """Steps 1 and 2 of a run, which `tree` fits."""
+    return shutil.copytree(written, tmp_path / "run")
 
 
 def truncate(path):
@@ -40,23 +45,23 @@ def flip(path):
     "damage", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "removed"]
 )
 def test_damage_to_any_file_is_found_and_the_step_before_is_used(saved, damage):
-    assert damaged(saved / "2") is None
     whole = saved.parent / "whole"
     shutil.copytree(saved / "2", whole)
     files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size]
     files.remove(Path("commit_success.txt"))  # orbax's mark that all is written: it holds nothing, and is not read
     assert len(files) > 5
-    for file in files:
-        damage(saved / "2" / file)
-        assert file.name in damaged(saved / "2")
-        shutil.rmtree(saved / "2")
-        shutil.copytree(whole, saved / "2")
-    damage(saved / "2" / files[0])
     with Checkpoints(saved) as checkpoints:
-        assert checkpoints.newest_intact() == 1
-        (warning,) = checkpoints.warnings
-        assert f"{saved / '2'} is damaged" in warning and warning.endswith("going on from the intact one of step 1")
-        assert checkpoints.restore(1, tree(0))["n"] == 1
+        assert checkpoints.newest_intact() == 2 and not checkpoints.warnings
+        for file in files:
+            damage(saved / "2" / file)
+            assert checkpoints.newest_intact() == 1
+            warning = checkpoints.warnings.pop()
+            assert f"{saved / '2'} is damaged ({file}" in warning
+            assert warning.endswith("going on from the intact one of step 1")
+            shutil.rmtree(saved / "2")
+            shutil.copytree(whole, saved / "2")
+        damage(saved / "2" / files[0])
+        assert checkpoints.restore(checkpoints.newest_intact(), tree(0))["n"] == 1
         checkpoints.save(2, tree(7))  # the damaged one is replaced
         assert checkpoints.newest_intact() == 2 and checkpoints.restore(2, tree(0))["n"] == 7
 
@@ -76,16 +81,25 @@ def test_the_last_few_are_kept_and_some_for_ever(tmp_path):
     assert sorted(int(p.name) for p in (tmp_path / "run").iterdir()) == [4, 6, 7]
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(saved, monkeypatch):
-    def full(self):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"\(No space left on device\): .*; make room, then repeat"),
+        (PermissionError(errno.EACCES, "Permission denied"), r"\(Permission denied\): .*; mend that, then repeat"),
+        (RuntimeError("two\nlines"), r"\(RuntimeError: two lines\): .*; mend that, then repeat"),
+    ],
+    ids=["full", "forbidden", "unknown"],
+)
+def test_what_cannot_be_written_is_one_line_and_leaves_the_last_checkpoint(saved, error, words):
+    def fail():
+        raise error
 
     checkpoints = Checkpoints(saved)
-    monkeypatch.setattr(checkpoints, "_seal", full)
-    checkpoints._manager._checkpointer._post_finalization_callback = lambda: full(checkpoints)
-    with pytest.raises(OSError, match=r"/3 could not be written \(No space left on device\): the checkpoint of step 2"):
+    checkpoints._manager._checkpointer._post_finalization_callback = fail
+    with pytest.raises(OSError, match=f"/3 could not be written {words}") as raised:
         checkpoints.save(3, tree(3))
         checkpoints.wait()
+    assert "the checkpoint of step 2 is there to go on from" in str(raised.value) and "\n" not in str(raised.value)
     checkpoints.close()
     assert sorted(path.name for path in saved.iterdir()) == ["1", "2"]
     with Checkpoints(saved) as checkpoints:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,13 @@ def test_a_run_writes_text(run, tmp_path, capsys):
     first, second = two.removeprefix("--- 1 of 2\n").split("--- 2 of 2\n")
     assert first == text and second != text
     stop = text[7]
+    newer = run / "checkpoints/2"
+    shutil.copytree(newer.with_name("1"), newer)
+    (newer / "manifest.json").unlink()  # the newest is damaged: the one before it is read
+    script.load(run)
+    warning = capsys.readouterr().err
+    assert f"{newer} is damaged (manifest.json" in warning and "going on from the intact one of step 1" in warning
+    shutil.rmtree(newer)
     assert answer([folder, prompt, "--length=12", f"--stop={stop}"], capsys) == text[: text.index(stop, 4)] + "\n"
     best = answer([folder, prompt, "--length=3", "--beams=2", "--num=2"], capsys)
     assert best.count("And ") == 2

@@ -106,7 +106,7 @@ def test_what_processes_must_agree_on(tmp_path, monkeypatch):
 
     def agree(what, values):
         asked[what] = values
-        if what == "data":
+        if what == "data or folder":
             raise ValueError("the processes differ in data")
 
     monkeypatch.setattr(distributed, "agree", agree)

@@ -103,8 +103,10 @@ class Checkpoints:
                 shutil.rmtree(half, ignore_errors=True)
             complete = [int(p.name) for p in self._folder.iterdir() if p.name.isdecimal()]
             left = f"the checkpoint of step {max(complete)} is there to go on from" if complete else "there is none yet"
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {_one_line(error)}"
-            mend = "make room" if is_full(error) else "mend that"
+            full = is_full(error)
+            reason = os.strerror(errno.ENOSPC) if full else getattr(error, "strerror", None)
+            reason = reason or f"{type(error).__name__}: {_one_line(error)}"
+            mend = "make room" if full else "mend that"
             raise OSError(
                 f"checkpoint {self._folder / str(self._saving)} could not be written ({reason}): {left}; {mend},"
                 " then repeat the command"

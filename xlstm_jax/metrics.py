@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -149,8 +150,15 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the source tree that this file lies in, "+dirty" with uncommitted changes; None outside git."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    """Commit of the source tree that this file lies in, "+dirty" with uncommitted changes; None outside git.
+
+    In an archive of the tree (`git archive`, which is what a pod is sent) git has written it into the file COMMIT.
+    """
+    folder = Path(__file__).resolve().parent
+    with contextlib.suppress(OSError):
+        if re.fullmatch(r"[0-9a-f]{40}", written := (folder / "COMMIT").read_text().strip()):
+            return written
+    git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)

@@ -4,7 +4,7 @@
     slurm       submit | script                                         --nodes [--time --option=partition=NAME]
     kubernetes  apply | manifest                                        --name --image --topology [--slices --spot]
 
-Each takes --config=FILE.py[:arg] and --workdir=DIR (a folder or bucket that all hosts see) and --config.a.b=v, as
+Each takes --config=FILE.py[:arg] and --workdir=DIR (a folder that all hosts see) and --config.a.b=v, as
 experiments.train does, which runs on every host. --dry_run prints every command and does nothing.
 """
 
@@ -55,6 +55,8 @@ def main(argv: list[str]) -> int:
     for name in ("slices", "nodes"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: at least 1 is needed")
+    if options.where == "tpu" and not 0 <= options.host < (most := parse(options.topology).hosts * options.slices):
+        raise ValueError(f"--host is {options.host}: there are {most} hosts, counted from 0")
     if options.config and not Path(options.config.partition(":")[0]).is_file():
         raise ValueError(f"--config={options.config}: no such Python file")
     return {"tpu": on_tpu, "slurm": on_slurm, "kubernetes": on_kubernetes}[options.where](options)
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 def on_tpu(options) -> int:
     pod = tpu.Pod(options.name, options.zone, parse(options.topology), options.slices, options.spot, options.project)
-    words = training(options.config, options.workdir, options.overrides, python=".venv/bin/python")
+    words = training(options.config, options.workdir, options.overrides, python=tpu.PYTHON)
     with tempfile.TemporaryDirectory() as folder:
         archive = f"{'DIR' if options.dry_run else folder}/code.tar.gz"
         if options.action == "watch" and not options.dry_run:
@@ -72,7 +74,7 @@ def on_tpu(options) -> int:
             "setup": lambda: pod.setup(archive),
             "run": lambda: pod.run(words),
             "logs": lambda: pod.logs(options.host),
-            "watch": lambda: [pod.state(), *pod.create(), *pod.setup(archive), *pod.run(words), pod.running()],
+            "watch": lambda: [pod.state(), *pod.create(), *pod.setup(archive), *pod.run(words), pod.status()],
             "stop": pod.stop,
             "delete": pod.delete,
         }

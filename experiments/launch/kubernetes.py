@@ -1,6 +1,7 @@
 """A JobSet on GKE: python -m experiments.launch kubernetes manifest --name=NAME --image=IMAGE --topology=v5e:16x16 ...
 
-Needs the JobSet controller (kubernetes-sigs/jobset). A job a slice, a pod a host; a pod that fails restarts the set.
+Needs the JobSet controller (kubernetes-sigs/jobset, 0.6 or later). A job a slice, a pod a host. A pod that is lost, or
+ends with anything but 0, 1 and 2, restarts the set; 1 (diverged) and 2 (something is wrong) end it.
 """
 
 import json
@@ -28,12 +29,15 @@ def manifest(words: list[str], *, name: str, image: str, slice: Slice, slices: i
         "nodeSelector": selector,
         "containers": [container],
     }
+    ends = {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [1, 2]}}
     hosts = {"parallelism": slice.hosts, "completions": slice.hosts, "completionMode": "Indexed", "backoffLimit": 0}
+    hosts |= {"podFailurePolicy": {"rules": [ends]}}
     job = {"name": "slice", "replicas": slices, "template": {"spec": hosts | {"template": {"spec": pod}}}}
     metadata = {
         "name": name,
         "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
     }
-    spec = {"failurePolicy": {"maxRestarts": restarts}, "replicatedJobs": [job]}
+    rule = {"name": "ends", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    spec = {"failurePolicy": {"maxRestarts": restarts, "rules": [rule]}, "replicatedJobs": [job]}
     whole = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": metadata, "spec": spec}
     return json.dumps(whole, indent=2) + "\n"

@@ -7,6 +7,7 @@ after a preemption, puts the job back into its queue, and the same command goes 
 from experiments.launch.job import shell
 
 PORT = 12321
+KILLS = 20  # restarts after which a killed process is not one more reason
 
 
 def script(
@@ -30,10 +31,11 @@ def script(
         [
             "#!/bin/bash",
             *(f"#SBATCH {line}" for line in lines),
-            "# the training ends with 75 where it was told to stop before its end: once more, then",
             f"srun --kill-on-bad-exit=1 {command}",
             "code=$?",
-            '[ "$code" -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"',
+            "# 75: told to stop before its end, or a process was lost; above 128: killed, which may come again",
+            f'[ "$code" -gt 128 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {KILLS} ] && again=1',
+            '[ "$code" -eq 75 ] || [ "$again" ] && scontrol requeue "$SLURM_JOB_ID"',
             'exit "$code"',
             "",
         ]

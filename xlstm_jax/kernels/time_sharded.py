@@ -45,8 +45,9 @@ def compose(first: Stretch, then: Stretch, stabilise: bool, normalize: bool = Tr
     m = jnp.maximum(first.m + then.F, then.m) if stabilise else first.m
     old, new = jnp.exp(first.m + then.F - m), jnp.exp(then.m - m)
     C, n = (_spread(old, a) * a + _spread(new, b) * b for a, b in ((first.C, then.C), (first.n, then.n)))
-    joined = Stretch(C, n if normalize else first.n, m, first.F + then.F, first.emptied)
-    return jax.tree.map(lambda a, b: jnp.where(_spread(then.emptied, a), a, b), then, joined)
+    joined = Stretch(C, n, m, first.F + then.F, first.emptied)
+    joined = jax.tree.map(lambda a, b: jnp.where(_spread(then.emptied, a), a, b), then, joined)
+    return joined if normalize else joined._replace(n=first.n)
 
 
 def mlstm(
