@@ -190,10 +190,17 @@ def write(sweep: Sweep, workdir: Path) -> str:
     """Writes the four files; returns the markdown."""
     table = check(sweep)
     rows.check(workdir, sweep)
-    done = list(rows.read(workdir).values())
-    found = cells(table, done)
+    done, ids = rows.read(workdir), {run.id for run in sweep.runs}
+    if done and not done.keys() & ids:
+        raise ValueError(
+            f"{workdir} has {len(done)} finished runs, none of this sweep: name the config as it was run (a search as"
+            " FILE.py:arg@random,20,0)"
+        )
+    found = cells(table, [row for name, row in done.items() if name in ids])
     shown(table, found)
     lines = notes(table, found, sweep)
+    if others := done.keys() - ids:
+        lines.append(f"Left out: {len(others)} finished runs in the folder that the sweep has no longer.")
     formatted = markdown(table, found, lines)
     metrics.write_atomically(workdir / "table.md", formatted)
     metrics.write_atomically(workdir / "table.csv", comma_separated(table, found))
@@ -208,7 +215,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir", type=command.folder, required=True)
     options = parser.with_overrides(argv)
-    print(write(load(options.config, options.overrides), options.workdir))
+    print(write(load(options.config, options.overrides, options.workdir), options.workdir))
     return 0
 
 

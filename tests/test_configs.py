@@ -5,13 +5,17 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import planning
-from experiments.build import resolve
+from experiments import overview, planning
+from experiments.build import abstract_model, build_model, build_optimizer, build_task, resolve, step_options
+from experiments.table import check as check_table
 from experiments.table import expected
-from xlstm_jax import models
+from tests.small_data import images, music
+from xlstm_jax import models, train
+from xlstm_jax.evaluate import split_task
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGS = {
@@ -97,9 +101,45 @@ def test_table_numbers_belong_to_its_rows_and_columns(file):
         assert all(row in table["rows"] and column in table["columns"] for row, column in source["values"])
 
 
-@pytest.mark.parametrize("source", [FORMAL, CHOMSKY, STATE, BIBLE])
-def test_every_run_is_accepted_by_models_tasks_and_optimiser(source):
-    planning.validate(planning.load(f"{source}:demo,debug"))
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data folder with small files in the place of what the configs name; and the overrides that read them."""
+    folder = tmp_path_factory.mktemp("data")
+    music(folder / "JSB_Chorales.mat")
+    images(folder / "fashion_mnist", 28)
+    np.save(folder / "tokens.npy", np.arange(5_000, dtype=np.uint16) % 300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLSTM_JAX_DATA", str(folder))
+        yield {
+            "configs/scaling.py": [f"task.corpus=file:{folder / 'tokens.npy'}"],
+            "configs/shakespeare.py": ["task.corpus=bundled:kjv"],
+        }
+
+
+@pytest.mark.parametrize("file", ARGS)
+def test_is_planned_and_two_steps_of_it_are_done(file, data, tmp_path):
+    """Every run is accepted by models, tasks, optimiser and TABLE; two real steps of the first, in one program."""
+    sweep = planning.load(f"{ROOT / file}:{ARGS[file][-1]}", data.get(file, []))
+    names = planning.validate(sweep)
+    if hasattr(sweep.module, "TABLE"):
+        check_table(sweep, names)
+    found = overview.plan(sweep, tmp_path, together=False, memory=False)
+    assert found["states"]["missing"] == len(sweep.runs) and found["programs"] > 0
+    plain = resolve(sweep.config(sweep.runs[0]))
+    task, tx, options = build_task(plain), build_optimizer(plain), step_options(plain)
+    graphdef, _ = abstract_model(plain, task)
+    arrays, shell = split_task(task)
+
+    @jax.jit
+    def two_steps(seed, arrays):
+        task = shell.join(arrays)
+        state = train.init_state(build_model(plain, task, seed), task, tx, plain["batch_size"], seed, options)
+        fixed = dict(graphdef=graphdef, task=task, tx=tx, batch_size=plain["batch_size"], options=options)
+        return jax.lax.scan(lambda state, _: train.train_step(state, **fixed), state, length=2)
+
+    state, rows = two_steps(plain["seed"], arrays)
+    assert int(state.step) == 2 and rows.good.all() and np.isfinite(rows.loss).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
 def test_overrides_from_the_command_line():

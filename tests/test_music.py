@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.io
 from contract import Subject
 from contract import check as check_contract
 from flax import nnx
@@ -12,33 +11,16 @@ from ml_collections import ConfigDict
 
 from experiments import build
 from experiments import train as run_train
+from tests import small_data
+from tests.small_data import KEYS
 from xlstm_jax import evaluate, models, tasks
 from xlstm_jax.tasks import check
-
-COUNTS = {"train": 6, "valid": 2, "test": 3}
-KEYS = 88
-
-
-def write(path, **changes):
-    """Piano rolls of 3 to 9 frames; those of train are all 9 long but the first."""
-    rng = np.random.default_rng(0)
-    pieces = {}
-    for split, count in COUNTS.items():
-        rolls = [(rng.random((9 if n else 3 + len(split) % 3, KEYS)) < 0.1).astype(float) for n in range(count)]
-        pieces[split] = changes.get(split, rolls)
-    cells = {}
-    for split, rolls in pieces.items():
-        cells[f"{split}data"] = np.empty((1, len(rolls)), object)
-        for number, roll in enumerate(rolls):
-            cells[f"{split}data"][0, number] = roll
-    scipy.io.savemat(path, cells)
-    return pieces
 
 
 @pytest.fixture(scope="module")
 def music(tmp_path_factory):
     path = tmp_path_factory.mktemp("music") / "play.mat"
-    pieces = write(path)
+    pieces = small_data.music(path)
     return path, pieces, tasks.make("music", corpus=f"file:{path}")
 
 
@@ -175,7 +157,7 @@ def test_wrong_configs(music, changes, message):
     ],
 )
 def test_wrong_rolls(tmp_path, changes, message):
-    write(tmp_path / "play.mat", **changes)
+    small_data.music(tmp_path / "play.mat", **changes)
     with pytest.raises(ValueError, match=message) as error:
         tasks.make("music", corpus=f"file:{tmp_path / 'play.mat'}")
     assert "\n" not in str(error.value)

@@ -157,6 +157,20 @@ def test_the_median_is_that_of_the_others_at_this_step(mine, others, wanted):
     assert pruning.behind(optuna, mine, others, lower=True) == wanted
 
 
+def test_tpe_is_told_how_far_a_run_came():
+    optuna = pytest.importorskip("optuna")
+    space, states = {"rate": search.uniform(0, 1)}, optuna.trial.TrialState
+    for (value, pruned), state in (
+        ((0.5, None), states.COMPLETE),
+        ((0.5, 40), states.PRUNED),
+        ((float("nan"), 40), states.FAIL),
+        ((None, None), states.FAIL),
+    ):
+        trial = search._trial(optuna, {"rate": 0.1}, space, value, pruned)
+        assert trial.state == state
+        assert trial.intermediate_values == ({40: 0.5} if state == states.PRUNED else {})
+
+
 def test_tpe_without_optuna_or_a_metric_ends_in_one_line(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     assert start(source, tmp_path / "w", "--search=tpe") == 2

@@ -172,6 +172,19 @@ def test_a_wrong_table_ends_in_one_line(sweep, filled, capsys, tmp_path, change,
     assert message in error and error.count("\n") == 1
 
 
+def test_rows_that_the_sweep_has_no_longer_are_left_out_and_counted(sweep, filled, capsys, tmp_path):
+    before = [line for line in table.write(sweep, filled).splitlines() if line.startswith("|")]
+    run = sweep.runs[0]
+    gone = rows.read(filled)[run.id] | {"id": "gone", "overrides": run.overrides | {"seed": 2}}
+    rows.append(filled, gone)
+    after = table.write(sweep, filled).splitlines()
+    assert [line for line in after if line.startswith("|")] == before
+    assert "- Left out: 1 finished runs in the folder that the sweep has no longer." in after
+    (filled / "results.jsonl").write_text(json.dumps(gone) + "\n")
+    assert table.main([f"--config={tmp_path / 'c.py'}", f"--workdir={filled}"]) == 2
+    assert "has 1 finished runs, none of this sweep" in capsys.readouterr().err
+
+
 def test_no_rows_no_table_or_another_sweep_end_in_one_line(sweep, filled, capsys, tmp_path):
     arguments = [f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'empty'}"]
     assert table.main(arguments) == 2

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import small_data
 from xlstm_jax import tasks
 from xlstm_jax.data import images
 from xlstm_jax.tasks import check, listops
@@ -162,15 +163,7 @@ def test_listops():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Sixteen training and four test images of 4 x 4, image n of the brightness n in its first pixel."""
-    for split, count in (("train", 16), ("t10k", 4)):
-        pictures = np.arange(count * 16, dtype=np.uint8).reshape(count, 4, 4)
-        heads = {"images-idx3": [2051, count, 4, 4], "labels-idx1": [2049, count]}
-        bodies = {"images-idx3": pictures, "labels-idx1": np.arange(count, dtype=np.uint8) % 3}
-        for what, head in heads.items():
-            content = np.array(head, ">i4").tobytes() + bodies[what].tobytes()
-            (tmp_path / f"{split}-{what}-ubyte.gz").write_bytes(gzip.compress(content))
-    return tmp_path
+    return small_data.images(tmp_path)
 
 
 def test_pixels(folder):
