@@ -15,6 +15,8 @@ from experiments.table import check as check_table
 from experiments.table import expected
 from tests.small_data import images, music
 from xlstm_jax import models, train
+from xlstm_jax.data import lookup
+from xlstm_jax.data.documents import file_hash
 from xlstm_jax.evaluate import split_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,11 +107,13 @@ def test_table_numbers_belong_to_its_rows_and_columns(file):
 def data(tmp_path_factory):
     """A data folder with small files in the place of what the configs name; and the overrides that read them."""
     folder = tmp_path_factory.mktemp("data")
-    music(folder / "JSB_Chorales.mat")
+    jsb = lookup.LOCAL["jsb"]
+    music(folder / jsb.file)
     images(folder / "fashion_mnist", 28)
     np.save(folder / "tokens.npy", np.arange(5_000, dtype=np.uint16) % 300)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLSTM_JAX_DATA", str(folder))
+        patch.setitem(lookup.LOCAL, "jsb", jsb._replace(sha256=file_hash(folder / jsb.file)))
         yield {
             "configs/scaling.py": [f"task.corpus=file:{folder / 'tokens.npy'}"],
             "configs/shakespeare.py": ["task.corpus=bundled:kjv"],

@@ -230,7 +230,7 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-TOPOLOGIES = ("v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1")
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
 
 @needs_libtpu
