@@ -1,7 +1,7 @@
 """One model on ever more chips, by formula and by compile: python -m experiments.growth [--compile=v5p:2x2x2,v5p:4x4x4]
 
     --config=configs/scaling.py:xlstm_125m    its rows over `data` and 8 of `fsdp`; --config.a.b=v changes a field
-    --topology=v5p:2x2x2,...,v5p:16x16x24     8 to 6,144 chips
+    --topology=v5p:2x2x2,...,v5p:16x16x24     8 to 6,144 chips, as the batch divides over
     --compile=NAMES                           those also compiled ahead of time (minutes each, libtpu), both ways
     --rows=16                                 a chip, where the batch grows with the chips (weak scaling)
     --batch=6144                              of all chips, where it does not (strong scaling)
@@ -18,6 +18,7 @@ rows: a line through the peaks that were compiled.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ from xlstm_jax.optim import parameter_name
 
 CONFIG = "configs/scaling.py:xlstm_125m"
 MESH = ["+mesh.data=-1", "mesh.fsdp=8"]
-TOPOLOGIES = ",".join(f"v5p:{shape}" for shape in CUBES[1:])
+BATCH = 6144
+SHAPES = [shape for shape in CUBES[1:] if BATCH % math.prod(map(int, shape.split("x"))) == 0]  # 4,096 chips do not
+TOPOLOGIES = ",".join(f"v5p:{shape}" for shape in SHAPES)
 SCALINGS = ("rows grow with the chips", "one batch")
 
 
@@ -98,7 +101,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--topology", default=TOPOLOGIES)
     parser.add_argument("--compile", default="")
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=6144)
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--out", type=command.folder, default=Path("results/growth"))
     options = parser.with_overrides(argv)
     for name in ("rows", "batch"):

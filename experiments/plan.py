@@ -65,7 +65,7 @@ def plan(plain: dict[str, Any], where: Topology, hlo: Path | None = None) -> dic
     memory = program.memory_analysis()
     per_chip = mesh.size / where.chips  # devices a chip: 1, or 2 where each TensorCore is one
     sent = [sum(moved(c) for c in found if c.crosses_slices == crosses) * per_chip for crosses in (False, True)]
-    state = memory.argument_size_in_bytes * per_chip
+    state = (memory.argument_size_in_bytes - share(parts.batch, batch_specs(parts, mesh), mesh.shape)) * per_chip
     return priced(parts, plain, where, mesh.shape, state, *sent) | {
         "peak_bytes": round(memory.peak_memory_in_bytes * per_chip),
         "collectives": summed(found),
@@ -133,6 +133,14 @@ def abstract(plain: dict[str, Any]) -> Abstract:
     return Abstract(task, tx, model, state, task.shapes(rows), options)
 
 
+def batch_specs(parts: Abstract, mesh: Mesh) -> Batch:
+    """How the batch of a step is divided over the devices."""
+    rows, seq_len = parts.batch.inputs.shape[:2]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        divided = PartitionSpec(local.axes_for(rows, local.ROWS), local.axes_for(seq_len, ("seq",)))
+    return jax.tree.map(lambda _: divided, parts.batch)
+
+
 def compiled(parts: Abstract, mesh: Mesh) -> tuple[Any, str, float]:
     """The train step's program for the devices of a mesh, its HLO, and seconds of compiling.
 
@@ -152,8 +160,7 @@ def compiled(parts: Abstract, mesh: Mesh) -> tuple[Any, str, float]:
         return train.train_step(state, task=task, **static)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        divided = PartitionSpec(local.axes_for(rows, local.ROWS), local.axes_for(seq_len, ("seq",)))
-        batch = jax.tree.map(lambda leaf: placed(leaf, divided), parts.batch)
+        batch = jax.tree.map(placed, parts.batch, batch_specs(parts, mesh))
         start = time.monotonic()
         lowered = jax.jit(step, donate_argnums=0).lower(jax.tree.map(placed, parts.state, specs), batch)
         with tempfile.TemporaryDirectory() as folder:
@@ -274,7 +281,7 @@ def figure(plans: list[dict[str, Any]], path: Path) -> None:
     for each in plans:
         groups.setdefault(each.get("scaling", each["topology"].partition(":")[0]), []).append(each)
     lines = "none" if any("how" in each for each in plans) else "-"
-    drawn, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    drawn, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for ax, (title, value) in zip(axes, panels.items()):
         for colour, (label, members) in enumerate(groups.items()):
             for how in ("formula", "compiled"):
@@ -285,10 +292,12 @@ def figure(plans: list[dict[str, Any]], path: Path) -> None:
         if ax is axes[0]:
             for limit in {p["limit_bytes"] for p in plans}:
                 ax.axhline(limit / GIB, color="0.6", linewidth=1, linestyle=":", label="a chip's memory")
-        ax.set(title=title, xlabel="chips", xscale="log", yscale="log")
+        ax.set(title=title, xlabel="chips", xscale="log")
+        low, high = min(map(value, plans)), max(map(value, plans))
+        ax.set(yscale="log") if high > 4 * low else ax.set_ylim(0, 1.1 * high)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.grid(alpha=0.3)
-    axes[0].legend()
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     drawn.savefig(path, dpi=120)
     plt.close(drawn)
 
