@@ -34,6 +34,7 @@ CASES = {  # cell, (B, T, width), its options, with masks and resets
         False,
     ),
 }
+CONFIGS = [name for name in CASES if "config" in name]
 
 
 def held(plan_for):
@@ -73,6 +74,6 @@ def compile_case(topology: str, name: str) -> dict:
 
 for module in (pallas_plan, pallas_mlstm):
     module.plan_for = held(module.plan_for)
-for topology in sys.argv[1:]:
-    for name in CASES:
+for number, topology in enumerate(sys.argv[1:]):
+    for name in CASES if number == 0 else CONFIGS:  # the others on the first topology alone
         print(json.dumps(compile_case(topology, name)), flush=True)

@@ -12,7 +12,6 @@ from flax import nnx
 from experiments import overview, planning
 from experiments.build import abstract_model, build_model, build_optimizer, build_task, resolve, step_options
 from experiments.table import check as check_table
-from experiments.table import expected
 from tests.small_data import images, music
 from xlstm_jax import models, train
 from xlstm_jax.data import lookup
@@ -62,7 +61,7 @@ def test_builds_is_locked_and_lists_distinct_runs(file, arg):
     assert all(sweep.config(run).is_locked for run in sweep.runs)
     if hasattr(sweep.module, "sweep"):
         assert all(sweep.expected_seconds(run) > 0 for run in sweep.runs)
-        assert expected(sweep.module.TABLE, sweep)
+        check_table(sweep)
 
 
 @pytest.mark.parametrize("file", ARGS)

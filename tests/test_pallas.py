@@ -230,12 +230,12 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+TOPOLOGIES = ("v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2")
 
 
 @needs_libtpu
 def test_both_kernels_compile_for_tpus():
-    """Within the VMEM that is stated, at sizes of the configs and larger ones."""
+    """Within the VMEM that is stated, at sizes of the configs and (on v5e) larger ones."""
     command = [sys.executable, "-m", "tests.compile_for_tpu", *TOPOLOGIES]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]
