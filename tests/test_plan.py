@@ -114,6 +114,19 @@ def test_a_wrong_mesh_in_a_config(mesh, words, tmp_path):
         train.run(ConfigDict(config.to_dict() | {"mesh": mesh, "accumulate": 2}), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--topology=v5e-25"], "unknown topology 'v5e-25'; nearest: v5e-256"),
+        (["--topology=v5e:2x2", "--json=none/plan.json"], "--json=none/plan.json: there is no folder none"),
+        (["--topology=v5e:2x2,v5e:2x4", "--hlo=a.txt"], "--hlo=a.txt: it holds one program: name one topology"),
+    ],
+)
+def test_a_plan_that_cannot_be(arguments, words, capsys):
+    assert plan.main(["--config=configs/scaling.py:xlstm_125m,debug", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_search_takes_the_cheapest_remat_of_the_largest_batch(monkeypatch):
     limits = {"none": 8, "weights": 8, "elementwise": 32, "layer": 32}  # rows that fit
 

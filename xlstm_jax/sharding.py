@@ -105,8 +105,10 @@ def check(mesh: Mesh, *, batch_sizes: Mapping[str, int], seq_len: int | None, mo
         heads = getattr(module, "num_heads", 1)
         if isinstance(heads, int) and heads > 1 and heads % sizes["tensor"]:
             where = ".".join(str(part) for part in path)
+            fitting = [size for size in range(1, heads + 1) if heads % size == 0]
             raise ValueError(
-                f"num_heads={heads} of {where} ({type(module).__name__}) does not divide over tensor={sizes['tensor']}"
+                f"num_heads={heads} of {where} ({type(module).__name__}) does not divide over tensor={sizes['tensor']}:"
+                f" it can be {', '.join(map(str, fitting))}"
             )
 
 
