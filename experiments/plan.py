@@ -38,6 +38,7 @@ from xlstm_jax import guard, metrics, sharding, train
 from xlstm_jax.cells.base import RecurrentCell
 from xlstm_jax.cells.wrappers import REMAT
 from xlstm_jax.kernels import local
+from xlstm_jax.tasks import TASKS
 from xlstm_jax.tasks.task import Batch
 
 CENSUS = {"xla_tpu_enable_async_collective_fusion": "false"}  # else parts of one collective stand in several loops
@@ -173,14 +174,16 @@ def compiled(parts: Abstract, mesh: Mesh) -> tuple[Any, str, float]:
 def abstract_task(plain: dict[str, Any]) -> SimpleNamespace:
     """The task's sizes and the shapes of its batches; a corpus of token ids is not read, as `ids:SIZE` says enough."""
     options = plain["task"]
-    if options.get("name") == "text_lm" and str(options.get("tokenizer")).startswith("ids:"):
+    name = options.get("name")
+    if name in ("text_lm", "token_windows") and str(options.get("tokenizer")).startswith("ids:"):
         words = int(options["tokenizer"].removeprefix("ids:"))
-        sizes = dict(vocab_size=words, num_classes=words, carries_state=options.get("carries_state", True))
+        seq_len, carries = (options.get(each, getattr(TASKS[name], each)) for each in ("seq_len", "carries_state"))
+        sizes = dict(vocab_size=words, num_classes=words, carries_state=carries)
+        resets = carries or (name == "token_windows" and options.get("rows", "streams") == "streams")
 
         def shapes(rows):
-            tokens, weights = (jax.ShapeDtypeStruct((rows, options["seq_len"]), t) for t in (jnp.int32, jnp.float32))
-            reset = jax.ShapeDtypeStruct(tokens.shape, bool) if sizes["carries_state"] else None
-            return Batch(tokens, tokens, weights, None, reset)
+            tokens, weights = (jax.ShapeDtypeStruct((rows, seq_len), t) for t in (jnp.int32, jnp.float32))
+            return Batch(tokens, tokens, weights, None, jax.ShapeDtypeStruct(tokens.shape, bool) if resets else None)
 
     else:
         task = build_task(plain)

@@ -122,7 +122,7 @@ def _same_count(wait: float | int) -> None:
 def _held_back() -> Iterator[tuple[TextIO, TextIO]]:
     """Standard error, and the file that takes what anybody, JAX's C++ too, writes to it until the end of the block."""
     sys.stderr.flush()
-    with os.fdopen(os.dup(2), "w") as stderr, tempfile.TemporaryFile("w+") as held:
+    with os.fdopen(os.dup(2), "w") as stderr, tempfile.TemporaryFile("w+", errors="replace") as held:
         os.dup2(held.fileno(), 2)
         try:
             yield stderr, held
