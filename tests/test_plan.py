@@ -239,7 +239,8 @@ def test_what_no_formula_is_for(change, words):
     ],
 )
 def test_growth_that_cannot_be(argument, words, tmp_path, capsys):
-    assert growth.main([argument, "--topology=v5p:2x2x2", f"--out={tmp_path}"]) == 2
+    small = ["--config=configs/scaling.py:xlstm_125m,debug", "--config.mesh.data=-1"]
+    assert growth.main([argument, *small, "--topology=v5p:2x2x2", f"--out={tmp_path}"]) == 2
     assert words in capsys.readouterr().err
 
 

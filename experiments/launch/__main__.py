@@ -5,7 +5,8 @@
     kubernetes  apply | manifest                                        --name --image --topology [--spot]
 
 Each takes --config=FILE.py[:arg] and --workdir=DIR (a folder that all hosts see) and --config.a.b=v, as
-experiments.train does, which runs on every host. --dry_run prints every command and does nothing.
+experiments.train does, which runs on every host. Topologies are those of experiments.plan: v5e:16x16, v5e-256, or
+v5e:16x16*2 for two slices. --dry_run prints every command and does nothing.
 """
 
 import subprocess
