@@ -82,7 +82,7 @@ def table(plans: list[dict[str, Any]]) -> str:
             f"{p['peak_bytes'] / GIB:.2f} of {p['limit_bytes'] / GIB:.0f} GiB",
             kinds,
             str(p["in_time_loops"]),
-            f"{1e3 * p['step_seconds']:.3g} ms ({max(p['floors'], key=p['floors'].get)})",
+            f"{1e3 * p['step_seconds']:,.4g} ms ({max(p['floors'], key=p['floors'].get)})",
             f"{p['chip_hours']:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
