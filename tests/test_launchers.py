@@ -128,6 +128,15 @@ def test_a_killed_worker_is_replaced_and_a_run_that_kills_each_has_failed(plan, 
     assert out.getvalue().count("another takes its place") == 4
 
 
+def test_a_worker_that_ends_on_a_full_disk_cannot_write_why(plan, tmp_path, monkeypatch):
+    rows.prepare(tmp_path, plan)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    with pytest.raises(ValueError, match="the disk is full; 0 of 4 results are safe: make room") as error:
+        with runner.telling_of_a_full_disk(plan, tmp_path):
+            local.run(plan, tmp_path, [sys.executable, "-c", "raise SystemExit(2)"], {}, Console(file=io.StringIO()))
+    assert "\n" not in str(error.value)
+
+
 def test_two_launchers_share_and_each_run_is_done_once(tmp_path, capsys):
     workdir, calls = tmp_path / "w", []
 
