@@ -1,8 +1,10 @@
 """Launchers: options, what they hand out and when, killed processes, full disks, and real clusters where they are."""
 
 import errno
+import importlib.metadata
 import importlib.util
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ from rich.console import Console
 from experiments import launchers, rows, runner, status, sweep
 from experiments.launchers import local, slurm
 from experiments.planning import load
+from xlstm_jax import metrics
 
 HERE = Path(__file__).parent
 MANY = f"{HERE / 'configs' / 'many.py'}"
@@ -236,13 +239,19 @@ def absent(*names):
     return ", ".join(found)
 
 
-def same_rows(left, right):
-    clocks = ("seconds", "wall_seconds")
+def same_rows(left, right, launcher, version, found="4 rows, each once, equal to those of inline"):
+    """But for the clocks; a row about it is added to the file that $LAUNCHER_ROWS names."""
+    lines, clocks = (right / "results.jsonl").read_text().splitlines(), ("seconds", "wall_seconds")
     left, right = (
         {name: {k: v for k, v in row.items() if k not in clocks} for name, row in rows.read(folder).items()}
         for folder in (left, right)
     )
-    assert left == right and len(left) == 4
+    assert left == right and len(left) == len(lines) == 4
+    if file := os.environ.get("LAUNCHER_ROWS"):
+        about = {name: json.loads(lines[0])[name] for name in ("commit", "versions", "device")}
+        with metrics.Lines(file) as out:
+            config = "tests/configs/many.py:4"
+            out.write(launcher=launcher, version=version, config=config, found=found, but_for=clocks, **about)
 
 
 @pytest.fixture(scope="module")
@@ -282,8 +291,9 @@ def test_a_real_slurm_gives_the_same_rows_and_a_requeue_loses_nothing(reference,
             subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], capture_output=True)
             time.sleep(0.5)
         assert start("run", workdir, "--launcher=slurm", run_one=None) == 0
-        same_rows(reference, workdir)
-        assert len((workdir / "results.jsonl").read_text().splitlines()) == 4
+        version = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+        found = "two nodes, a running job requeued: 4 rows, each once, equal to those of inline"
+        same_rows(reference, workdir, "slurm", version, found)
         assert len((workdir / "submitted.jsonl").read_text().splitlines()) == 1
     finally:
         subprocess.run([*script, "stop"])
@@ -293,4 +303,4 @@ def test_a_real_slurm_gives_the_same_rows_and_a_requeue_loses_nothing(reference,
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_real_ray_gives_the_same_rows(reference, tmp_path):
     assert start("run", tmp_path / "w", "--launcher=ray", run_one=None) == 0
-    same_rows(reference, tmp_path / "w")
+    same_rows(reference, tmp_path / "w", "ray", f"ray {importlib.metadata.version('ray')}")
