@@ -302,5 +302,5 @@ def test_a_real_slurm_gives_the_same_rows_and_a_requeue_loses_nothing(reference,
 @pytest.mark.skipif(bool(absent("ray")), reason="a real Ray cluster needs the package ray")
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_real_ray_gives_the_same_rows(reference, tmp_path):
-    assert start("run", tmp_path / "w", "--launcher=ray", run_one=None) == 0
+    assert start("run", tmp_path / "w", "--launcher=ray", "--launcher_option=runs_per_task=2", run_one=None) == 0
     same_rows(reference, tmp_path / "w", "ray", f"ray {importlib.metadata.version('ray')}")

@@ -160,6 +160,9 @@ def test_plan_and_status_start_nothing(config, tmp_path, capsys):
     assert lines[3][:3] == ["3", "failed", runs[3].id] and len(lines) == 4
     assert " ".join(last) == f"3 done, 0 running, 1 failed, 0 missing; best valid_accuracy 0.8000 ({runs[1].id})"
     assert trainer.calls == []
+    values = dict(zip((run.id for run in runs), (float("nan"), 0.5, 0.4)))
+    found = status.best(load(config), {name: {"valid_accuracy": value} for name, value in values.items()})
+    assert found == (runs[1].id, "valid_accuracy", 0.5)
 
 
 def test_the_folder_of_another_config_is_refused_and_keeps_all(config, tmp_path, capsys):
