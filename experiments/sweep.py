@@ -79,8 +79,6 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
             work(sweep, options, console, run_one)
         return 0
     found = check(options, sweep)
-    if options.vectorize == "on" and options.index is not None:
-        raise ValueError("--vectorize=on: a group is more than one run: leave --index out")
     configs = [sweep.config(run) for run in sweep.runs]
     say(console, headline(sweep.source, sweep.module, configs, workdir))
     accept(sweep, build=run_one is train.run)
@@ -187,6 +185,8 @@ def check(options: argparse.Namespace, sweep: Sweep) -> dict:
     """The launcher's options; ValueError for what does not go together."""
     if options.index is not None and not 0 <= options.index < len(sweep.runs):
         raise ValueError(f"--index={options.index}: the sweep has runs 0 to {len(sweep.runs) - 1}")
+    if options.index is not None and options.vectorize == "on":
+        raise ValueError("--vectorize=on: a group is more than one run: leave --index out")
     words = list(options.launcher_option)
     if options.workers is not None:
         if options.launcher != "local":
