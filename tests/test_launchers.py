@@ -186,6 +186,14 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(tmp_path, monkeypatch, ca
     assert start("run", workdir) == 0 and len((workdir / "results.jsonl").read_text().splitlines()) == 4
 
 
+def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        metrics.write_atomically(tmp_path / "a", "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
 def test_only_what_is_missing_and_not_queued_is_submitted(plan, tmp_path, monkeypatch):
     queue, started = set(), []
 
