@@ -43,7 +43,10 @@ def collect(workdir: Path) -> list[dict[str, Any]]:
         raise ValueError(
             f"--workdir={workdir}: no results.jsonl, no runs/ and no config.json in it; name a run or a sweep"
         )
-    flat = [flatten(run["config"]) | run.pop("overrides") for run in runs]
+    flat = [
+        flatten(run["config"]) | {name.removeprefix("+"): value for name, value in run.pop("overrides").items()}
+        for run in runs
+    ]
     for run, here in zip(runs, flat):
         differing = [name for name in here if len({json.dumps(other.get(name)) for other in flat if other}) > 1]
         run["fields"] = {name: here[name] for name in differing}

@@ -137,8 +137,12 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Replace the file as a whole: a reader, or a kill, sees the old text or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:  # a full disk: no half file stays
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
