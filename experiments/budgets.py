@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import command
+from experiments.formats import between_marks
 from experiments.topology import GIB
 from xlstm_jax import metrics
 from xlstm_jax.names import unknown
@@ -25,7 +26,6 @@ from xlstm_jax.names import unknown
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "results" / "plans"
 PAGE = ROOT / "docs" / "scaling.md"
-BEGIN, END = "<!-- plans -->\n", "<!-- /plans -->"
 MEMORY = 1.01  # how far above its budget a peak may be: what another version of the compiler adds is looked at
 
 
@@ -82,7 +82,7 @@ def table(plans: list[dict[str, Any]]) -> str:
             f"{p['peak_bytes'] / GIB:.2f} of {p['limit_bytes'] / GIB:.0f} GiB",
             kinds,
             str(p["in_time_loops"]),
-            f"{1e3 * p['step_seconds']:.3g} ms ({max(p['floors'], key=p['floors'].get)})",
+            f"{1e3 * p['step_seconds']:,.4g} ms ({max(p['floors'], key=p['floors'].get)})",
             f"{p['chip_hours']:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -91,8 +91,7 @@ def table(plans: list[dict[str, Any]]) -> str:
 
 def page(text: str, plans: list[dict[str, Any]]) -> str:
     """The page's text with the table of these budgets in it."""
-    head, _, rest = text.partition(BEGIN)
-    return head + BEGIN + table(plans) + END + rest.partition(END)[2]
+    return between_marks(text, "plans", table(plans))
 
 
 @command.exit_code

@@ -14,6 +14,15 @@ DASH = "–"  # not known
 REDUCED = "†"  # the protocol is not the paper's
 
 
+def between_marks(page: str, name: str, content: str) -> str:
+    """The page with this content between its lines <!-- NAME --> and <!-- /NAME -->."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page needs one line {begin.strip()} and one line {end} around what is to be replaced")
+    head, _, rest = page.partition(begin)
+    return head + begin + content + end + rest.partition(end)[2]
+
+
 def shown(table: dict[str, Any], found: dict) -> tuple[list[str], list[str]]:
     """Keys of the rows and columns that have a result; one line if there is none, or the table names none of them."""
     names = [r for r in table["rows"] if any(r == place[0] for place in found)]

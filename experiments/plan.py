@@ -5,9 +5,9 @@
     python -m experiments.plan --config=... --topology=v5e:16x16*2 --search
 
 Topologies: v4, v5e, v5p, v6e, tpu7x, by shape or by the name that a user gives (v5e-256); *2 for two slices. `--search`
-tries batches in powers of two and every `layer_remat`, the cheapest first. Growth over
-topologies is `experiments.growth`. Floors are what the chip's published
-rates allow if computation, memory and links overlap entirely; nothing here has been timed.
+tries batches in powers of two and every `layer_remat`, the cheapest first. Growth over topologies is
+`experiments.growth`. Floors are what the chip's published rates allow if computation, memory and links overlap
+entirely; nothing here has been timed.
 """
 
 import json
@@ -38,6 +38,7 @@ from xlstm_jax import guard, metrics, sharding, train
 from xlstm_jax.cells.base import RecurrentCell
 from xlstm_jax.cells.wrappers import REMAT
 from xlstm_jax.kernels import local
+from xlstm_jax.tasks import TASKS
 from xlstm_jax.tasks.task import Batch
 
 CENSUS = {"xla_tpu_enable_async_collective_fusion": "false"}  # else parts of one collective stand in several loops
@@ -173,14 +174,16 @@ def compiled(parts: Abstract, mesh: Mesh) -> tuple[Any, str, float]:
 def abstract_task(plain: dict[str, Any]) -> SimpleNamespace:
     """The task's sizes and the shapes of its batches; a corpus of token ids is not read, as `ids:SIZE` says enough."""
     options = plain["task"]
-    if options.get("name") == "text_lm" and str(options.get("tokenizer")).startswith("ids:"):
+    name = options.get("name")
+    if name in ("text_lm", "token_windows") and str(options.get("tokenizer")).startswith("ids:"):
         words = int(options["tokenizer"].removeprefix("ids:"))
-        sizes = dict(vocab_size=words, num_classes=words, carries_state=options.get("carries_state", True))
+        seq_len, carries = (options.get(each, getattr(TASKS[name], each)) for each in ("seq_len", "carries_state"))
+        sizes = dict(vocab_size=words, num_classes=words, carries_state=carries)
+        resets = carries or (name == "token_windows" and options.get("rows", "streams") == "streams")
 
         def shapes(rows):
-            tokens, weights = (jax.ShapeDtypeStruct((rows, options["seq_len"]), t) for t in (jnp.int32, jnp.float32))
-            reset = jax.ShapeDtypeStruct(tokens.shape, bool) if sizes["carries_state"] else None
-            return Batch(tokens, tokens, weights, None, reset)
+            tokens, weights = (jax.ShapeDtypeStruct((rows, seq_len), t) for t in (jnp.int32, jnp.float32))
+            return Batch(tokens, tokens, weights, None, jax.ShapeDtypeStruct(tokens.shape, bool) if resets else None)
 
     else:
         task = build_task(plain)
@@ -242,7 +245,7 @@ def search(plain: dict[str, Any], where: Topology, say=print) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """One plan in words."""
     gib = lambda n: f"{n / GIB:.2f} GiB"  # noqa: E731
-    seconds = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in found["floors"].items())
+    seconds = ", ".join(f"{name} {1e3 * value:,.4g}" for name, value in found["floors"].items())
     kinds = ", ".join(f"{c['count']} {kind} ({gib(c['bytes'])})" for kind, c in found["collectives"].items())
     rows = {
         "topology": f"{found['topology']}, {found['chips']} chips; mesh {found['mesh']}",
@@ -254,9 +257,9 @@ def table(found: dict[str, Any]) -> str:
         "in loops over time": f"{found['in_time_loops']}" + ("" if found["in_time_loops"] == 0 else "  <- SLOW"),
         "model FLOPs a chip": f"{found['model_flops']:.3g} a step",
         "floors, ms a step": seconds,
-        "step at least": f"{1e3 * found['step_seconds']:.1f} ms; MFU at most {found['mfu_bound']:.2f}",
+        "step at least": f"{1e3 * found['step_seconds']:,.4g} ms; MFU at most {found['mfu_bound']:.2f}",
         "one after another": f"{found['serial_steps']:,} steps in time forward, as many backward: in no floor",
-        "run": f"{found['tokens']:.3g} tokens, at least {found['chip_hours']:,.0f} chip hours",
+        "run": f"{found['tokens']:.3g} tokens, at least {found['chip_hours']:,.4g} chip hours",
         "compiled in": f"{found['compile_seconds']} s",
     }
     return "\n".join(f"{name:20}{value}" for name, value in rows.items())
@@ -290,8 +293,8 @@ def figure(plans: list[dict[str, Any]], path: Path) -> None:
                 style = dict(linestyle="--") if how == "formula" else dict(marker="o", linestyle=lines)
                 ax.plot(*points, color=f"C{colour}", label=f"{label}, {how}" if some else None, **style)
         if ax is axes[0]:
-            for limit in {p["limit_bytes"] for p in plans}:
-                ax.axhline(limit / GIB, color="0.6", linewidth=1, linestyle=":", label="a chip's memory")
+            for limit, kind in sorted({(p["limit_bytes"], p["topology"].partition(":")[0]) for p in plans}):
+                ax.axhline(limit / GIB, color="0.6", linewidth=1, linestyle=":", label=f"memory of {kind}")
         ax.set(title=title, xlabel="chips", xscale="log")
         low, high = min(map(value, plans)), max(map(value, plans))
         ax.set(yscale="log") if high > 4 * low else ax.set_ylim(0, 1.1 * high)
@@ -313,6 +316,12 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--figure", type=Path, help="draw the plans into this file")
     options = arguments.with_overrides(argv)
     places = [topology(name) for name in options.topology.split(",")]
+    for name in ("json", "hlo", "figure"):  # before minutes of compiling
+        file = getattr(options, name)
+        if file and not file.parent.is_dir():
+            raise ValueError(f"--{name}={file}: there is no folder {file.parent}")
+    if options.hlo and (options.search or len(places) > 1):
+        raise ValueError(f"--hlo={options.hlo}: it holds one program: name one topology, and no --search")
     config, _ = planning.read(options.config, options.overrides)
     plain = resolve(config)
     plans = []

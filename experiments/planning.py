@@ -71,14 +71,32 @@ def load(source: str, overrides: list[str] | tuple[str, ...] = (), workdir: Path
     if wanted:
         space = search_space(source, module, changes)
         rows = search.random_rows(space, wanted, changes) if wanted.method == "random" else _proposed(workdir)
-    sweep = Sweep(source, base, [Run(run_id(each), each) for each in rows], module, changes)
-    seen: dict[str, dict] = {}
-    for run in sweep.runs:
-        if run.id in seen:
-            raise ValueError(f"{source}: two runs share the id {run.id}: {seen[run.id]} and {run.overrides}")
-        seen[run.id] = run.overrides
-        sweep.config(run)
-    return sweep
+    if not rows and not (wanted and wanted.method == "tpe"):  # which may have proposed nothing yet
+        raise ValueError(f"{source}: sweep() yields no run")
+    return Sweep(source, base, distinct(source, base, rows), module, changes)
+
+
+def distinct(source: str, base: ConfigDict, rows: list[dict[str, Any]]) -> list[Run]:
+    """A run for each row of the sweep; ValueError for a row that does not fit the config, or that is there twice."""
+    runs, seen = [], {}
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{source}: sweep() yields {row!r}: a dictionary is needed, such as {{'seed': 0}}")
+        try:
+            run, config = Run(run_id(row), row), json.dumps(override(base, row).to_dict(), sort_keys=True)
+        except ValueError as error:
+            raise ValueError(f"{source}: row {row} of the sweep: {error}") from None
+        except TypeError:
+            raise ValueError(
+                f"{source}: row {row} of the sweep: only numbers, strings, booleans, None, lists and dictionaries of"
+                " Python's own, such as int(x) of a NumPy integer"
+            ) from None
+        for key, what in ((run.id, f"share the id {run.id}"), (config, "have the same config")):
+            if key in seen:
+                raise ValueError(f"{source}: two runs {what}: {seen[key]} and {row}")
+            seen[key] = row
+        runs.append(run)
+    return runs
 
 
 def search_space(source: str, module: ModuleType, changes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -228,6 +246,9 @@ def validate(sweep: Sweep) -> set[str]:
     seen, names = set(), {"steps", "parameters", "seconds", "wall_seconds"}
     for run in sweep.runs:
         plain = resolve(sweep.config(run))
+        if (config := json.dumps(plain | {"seed": 0}, sort_keys=True)) in seen:
+            continue
+        seen.add(config)
         try:
             task = build_task(plain)
             build_optimizer(plain)

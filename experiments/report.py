@@ -43,7 +43,10 @@ def collect(workdir: Path) -> list[dict[str, Any]]:
         raise ValueError(
             f"--workdir={workdir}: no results.jsonl, no runs/ and no config.json in it; name a run or a sweep"
         )
-    flat = [flatten(run["config"]) | run.pop("overrides") for run in runs]
+    flat = [
+        flatten(run["config"]) | {name.removeprefix("+"): value for name, value in run.pop("overrides").items()}
+        for run in runs
+    ]
     for run, here in zip(runs, flat):
         differing = [name for name in here if len({json.dumps(other.get(name)) for other in flat if other}) > 1]
         run["fields"] = {name: here[name] for name in differing}
@@ -57,13 +60,14 @@ def describe(name: str, state: str, folder: Path, row: dict | None) -> dict[str,
     speeds = [line | {"split": "speed"} for line in timing if SPEEDS[0] in line]
     numbers = {key: value for key, value in (row or {}).items() if type(value) in (int, float)}
     numbers |= {key: line[key] for line in timing for key in (*SPEEDS, "goodput") if key in line}  # the last of each
+    spent = {"seconds spent, but on training": timing[-1]["spent"]} if timing else {}
     error = folder / "error.txt"
     return {
         "id": name,
         "state": state,
         "overrides": record.get("overrides", {}),
         "config": record.get("config", {}),
-        "environment": {key: record[key] for key in ENVIRONMENT if key in record},
+        "environment": {key: record[key] for key in ENVIRONMENT if key in record} | spent,
         "numbers": numbers,
         "curves": curves(metrics.read(folder / "metrics.jsonl") + speeds),
         "lengths": {key: value for key, value in (row or {}).items() if key.endswith("_by_length")},

@@ -43,6 +43,10 @@ def check(workdir: Path, sweep: Sweep) -> None:
     """Refuse a folder that holds the runs of another config."""
     file = workdir / "sweep.json"
     if not file.exists():
+        if read(workdir):
+            raise ValueError(
+                f"{workdir} has results and no sweep.json, which says of what config they are: choose another --workdir"
+            )
         return
     try:
         there = flatten(json.loads(file.read_text())["config"])

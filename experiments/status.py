@@ -1,5 +1,6 @@
 """How far a sweep is: the state of every run, the best so far, steps a second, the time left; once or live."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,7 @@ def best(sweep: Sweep, done: dict[str, dict]) -> tuple[str, str, float] | None:
     for metric, better in wanted:
         whole = [run.id for run in sweep.runs if run.id in done and "pruned" not in done[run.id]]
         scores = {name: done[name].get(metric) for name in whole}
-        found = {name: value for name, value in scores.items() if isinstance(value, float)}
+        found = {name: value for name, value in scores.items() if isinstance(value, float) and math.isfinite(value)}
         if found:
             name = better(found, key=found.get)
             return name, metric, found[name]

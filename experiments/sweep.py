@@ -9,8 +9,9 @@
                        local: several processes on this machine    --workers=N or as many as cores and memory hold
                        slurm: jobs of an array (submitit)           ray: tasks on a Ray cluster, or on one it starts
     --launcher_option=name=value    local: workers memory; slurm: partition time gpus_per_node runs_per_job …;
-                       ray: address cpus gpus; a wrong name lists the nearest
-    --vectorize=auto|on|off    runs that differ in seed and optimiser numbers as one program (auto: not on a CPU)
+                       ray: address cpus gpus runs_per_task …; a wrong name lists the nearest
+    --vectorize=auto|on|off    runs that differ in seed and optimiser numbers as one program (auto: not on a CPU); of
+                       a worker, task or job: those that are its own
     --search=random|tpe --trials=20 --search_seed=0
                        runs drawn from the config's search(arg), TRIALS for each row of its sweep(arg); the same as
                        --config=FILE.py[:arg]@random,20,0, by which the other commands know such a sweep
@@ -74,16 +75,13 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
     workdir = options.workdir
     run_one = run_one or train.run
     if options.worker or options.only:
-        work(sweep, options, console, run_one)
+        with runner.telling_of_a_full_disk(sweep, workdir):
+            work(sweep, options, console, run_one)
         return 0
     found = check(options, sweep)
-    if options.vectorize == "on" and (options.launcher != "inline" or options.index is not None):
-        raise ValueError("--vectorize=on: one process runs a group at once: leave --launcher and --index out")
     configs = [sweep.config(run) for run in sweep.runs]
     say(console, headline(sweep.source, sweep.module, configs, workdir))
-    names = validate(sweep) if run_one is train.run else None
-    if hasattr(sweep.module, "TABLE"):
-        table.check(sweep, names)
+    accept(sweep, build=run_one is train.run)
     rows.prepare(workdir, sweep)
     if options.index is not None:
         sweep = sweep._replace(runs=sweep.runs[options.index : options.index + 1])
@@ -103,8 +101,7 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
             elif options.launcher == "inline":
                 runner.inline(sweep, workdir, run_one, console=console)
             else:
-                worker = worker_command(options.config, workdir, options.overrides)
-                launchers.get(options.launcher).run(sweep, workdir, worker, found, console)
+                launchers.get(options.launcher).run(sweep, workdir, worker(options), found, console)
     left = list(runner.failures(sweep, workdir))
     for line in left:
         say(console, line)
@@ -112,6 +109,13 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
         say(console, "--retry=failed runs the failed ones again")
     say(console, f"{len(sweep.runs) - len(left)} of {len(sweep.runs)} runs done: {workdir / rows.RESULTS}")
     return 1 if left else 0
+
+
+def accept(sweep: Sweep, build: bool = True) -> None:
+    """ValueError where a run, or the TABLE, names what is not there; `build`: models and tasks are asked too."""
+    names = validate(sweep) if build else None
+    if hasattr(sweep.module, "TABLE"):
+        table.check(sweep, names)
 
 
 def searched(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=None) -> int:
@@ -145,13 +149,17 @@ def submit(sweep: Sweep, options: argparse.Namespace, found: dict, console: Cons
         if other or submitting:
             say(console, f"process {other or submitting} is a launcher at work on this folder: nothing submitted")
         else:
-            worker = worker_command(options.config, options.workdir, options.overrides)
-            launchers.get(options.launcher).submit(sweep, options.workdir, worker, found, console)
+            launchers.get(options.launcher).submit(sweep, options.workdir, worker(options), found, console)
     return 0
 
 
+def worker(options: argparse.Namespace) -> list[str]:
+    """What a launcher starts."""
+    return [*worker_command(options.config, options.workdir, options.overrides), f"--vectorize={options.vectorize}"]
+
+
 def work(sweep: Sweep, options: argparse.Namespace, console: Console, run_one) -> None:
-    """What a launcher starts: some runs, one after the other, for as long as whoever started this lives."""
+    """What a launcher starts: some runs, for as long as whoever started this lives."""
     runner.end_with_parent()
     share = (0, 1)
     if options.worker:
@@ -159,17 +167,26 @@ def work(sweep: Sweep, options: argparse.Namespace, console: Console, run_one) -
         share_cores(*share)
     names = options.only.split(",") if options.only else None
     runs = [run for run in sweep.runs if names is None or run.id in names]
-    runner.inline(sweep, options.workdir, run_one, console=console, worker=share, progress=False, runs=runs)
+
+    def do() -> None:
+        if vectorize.wanted(options.vectorize):
+            vectorize.launch_groups(sweep, options.workdir, console=console, runs=runner.in_order(runs, *share))
+        else:
+            runner.inline(sweep, options.workdir, run_one, console=console, worker=share, progress=False, runs=runs)
+
+    do()
     done = rows.read(options.workdir)
     if names and any(rows.state(options.workdir, run, done) == "running" for run in runs):
         time.sleep(PATIENCE)  # a requeued job's earlier process may still be ending
-        runner.inline(sweep, options.workdir, run_one, console=console, progress=False, runs=runs)
+        do()
 
 
 def check(options: argparse.Namespace, sweep: Sweep) -> dict:
     """The launcher's options; ValueError for what does not go together."""
     if options.index is not None and not 0 <= options.index < len(sweep.runs):
         raise ValueError(f"--index={options.index}: the sweep has runs 0 to {len(sweep.runs) - 1}")
+    if options.index is not None and options.vectorize == "on":
+        raise ValueError("--vectorize=on: a group is more than one run: leave --index out")
     words = list(options.launcher_option)
     if options.workers is not None:
         if options.launcher != "local":
@@ -186,6 +203,7 @@ def check(options: argparse.Namespace, sweep: Sweep) -> dict:
 
 def plan(sweep: Sweep, options: argparse.Namespace, console: Console, memory: bool) -> None:
     """Every run, and what all of them need."""
+    accept(sweep, build=memory)
     found = overview.plan(sweep, options.workdir, together=vectorize.wanted(options.vectorize), memory=memory)
     if options.json:
         print(json.dumps(found, indent=2))

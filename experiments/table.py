@@ -64,9 +64,14 @@ def check(sweep: Sweep, names: set[str] | None = None) -> dict[str, Any]:
     if not hasattr(sweep.module, "TABLE"):
         raise ValueError(f"--config={sweep.source}: the file has no TABLE")
     table = sweep.module.TABLE
+    if not isinstance(table, dict):
+        raise ValueError(f"TABLE is {table!r}: a dictionary is needed, with {', '.join(REQUIRED)}")
     for name in REQUIRED:
         if name not in table:
             raise ValueError(f"TABLE has no {name!r}: it needs {', '.join(REQUIRED)}")
+    for name in ("rows", "columns"):
+        if not isinstance(table[name], dict):
+            raise ValueError(f"TABLE {name} is {table[name]!r}: a dictionary is needed, from value to what is shown")
     for name in table.keys() - {*REQUIRED, *OPTIONAL}:
         if near := difflib.get_close_matches(name, (*REQUIRED, *OPTIONAL), n=1, cutoff=0.75):
             raise ValueError(f"unknown TABLE entry {name!r}; nearest: {near[0]}")

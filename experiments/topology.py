@@ -90,7 +90,9 @@ class Topology(NamedTuple):
             name = f"{self.generation}:{self.shape}"
             return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
         except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(f"no compiler for {self.name}: install libtpu, no TPU is needed ({error})") from error
+            raise ValueError(
+                f"no compiler for {self.name}: pip install -e '.[tpu]' brings it, no TPU is needed ({error})"
+            ) from error
 
 
 def peak(kind: str) -> float | None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.corrupt_train import DAMAGE, UNREAD
 from xlstm_jax.checkpoint import FORMAT, MANIFEST, Checkpoints
 
 
@@ -31,24 +32,12 @@ def saved(tmp_path, written):
     return shutil.copytree(written, tmp_path / "run")
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "damage", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "removed"]
-)
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_damage_to_any_file_is_found_and_the_step_before_is_used(saved, damage):
     whole = saved.parent / "whole"
     shutil.copytree(saved / "2", whole)
     files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size]
-    files.remove(Path("commit_success.txt"))  # orbax's mark that all is written: it holds nothing, and is not read
+    files.remove(Path(UNREAD))
     assert len(files) > 5
     with Checkpoints(saved) as checkpoints:
         assert checkpoints.newest_intact() == 2 and not checkpoints.warnings

@@ -238,8 +238,16 @@ def write_config(folder: Path, rows: str) -> str:
 def test_sweeps_with_equal_runs_or_unknown_fields_are_refused(tmp_path):
     with pytest.raises(ValueError, match="two runs share the id"):
         planning.load(write_config(tmp_path, "[{'steps': 2}, {'steps': 2}]"))
-    with pytest.raises(ValueError, match=r"unknown field 'model\.dmi'; nearest: model\.dim"):
-        planning.load(write_config(tmp_path, "[{'model.dmi': 2}]"))
+    for rows, message in (
+        ("[{'model.dmi': 2}]", "row {'model.dmi': 2} of the sweep: unknown field 'model.dmi'; nearest: model.dim"),
+        ("[{}, {'steps': 1}]", "two runs have the same config: {} and {'steps': 1}"),
+        ("[{'+model.bias': __import__('numpy').int64(2)}]", "such as int(x) of a NumPy integer"),
+        ("[('steps', 2)]", "sweep() yields ('steps', 2): a dictionary is needed"),
+        ("[]", "sweep() yields no run"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            planning.load(write_config(tmp_path, rows))
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Processes that start together, agree or say in what they differ, and name the one that does not come."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests import chaos_train
 from xlstm_jax import distributed
 
 SCRIPT = """
@@ -91,13 +93,45 @@ def test_what_is_missing(arguments, message, monkeypatch):
         distributed.start(*arguments, wait=1)
 
 
-def test_a_start_that_nobody_else_comes_to(monkeypatch, capsys):
+def test_a_start_that_process_0_does_not_answer(monkeypatch, capfd):
     ended = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: time.sleep(0.3))
     monkeypatch.setattr(distributed.os, "_exit", ended.append)
+    monkeypatch.setattr(distributed, "GRACE", 0)
     distributed.start("localhost:1", 2, 1, wait=0.05)
     assert ended == [distributed.AGAIN]
-    assert "process 1 at localhost:1: not all others came within 0.05 s" in capsys.readouterr().err
+    assert "error: process 1: nothing was heard of process 0 at localhost:1 for 0.05 s" in capfd.readouterr().err
     distributed.start("localhost:1", 2, 1, wait=5)
     time.sleep(0.1)
     assert len(ended) == 1
+
+
+START = """
+import sys
+from xlstm_jax import distributed
+try:
+    distributed.join(sys.argv[1], wait=2)
+except ValueError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.mark.parametrize(
+    "who, code, words",
+    [
+        (["4,0", "4,2"], distributed.AGAIN, "waited 2 s for all to come: process 1, 3 did not. Ending"),
+        (["2,0", "3,1"], 1, "processes 0, 1, ... were told differently how many they are: 2, 3"),
+    ],
+)
+def test_a_start_that_cannot_be(who, code, words):
+    """One line on every process."""
+    address, environment = chaos_train.free_address(), os.environ | chaos_train.variables(devices=1)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", START, f"{address},{each}"], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for each in who
+    ]
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [code, code], said
+    assert all(words in each and each.startswith("error: ") and each.count("\n") == 1 for each in said), said

@@ -12,30 +12,32 @@ import pytest
 
 from experiments.launch import __main__ as launch
 from experiments.launch import job, slurm, tpu
+from experiments.topology import topology
 from xlstm_jax import metrics
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs/bible.py") + ":reduced,lstm"
 TPU = ["--name=a", "--zone=us-west4-a", "--topology=v5e:16x16"]
+TWO = [*TPU[:2], "--topology=v5e:16x16*2"]
 TRAIN = [f"--config={CONFIG}", "--workdir=gs://bucket/a"]
 
 
 @pytest.mark.parametrize(
-    "topology,accelerator,hosts",
-    [("v5e:16x16", "v5litepod-256", 64), ("v5e:2x4", "v5litepod-8", 1), ("v4:4x4x4", "v4-128", 16)]
-    + [("v5p:8x8x8", "v5p-1024", 128), ("v6e:4x4", "v6e-16", 4)],
+    "name,accelerator,hosts",
+    [("v5e-256", "v5litepod-256", 64), ("v5e:2x4", "v5litepod-8", 1), ("v4:4x4x4", "v4-128", 16)]
+    + [("v5p:8x8x8*2", "v5p-1024", 128), ("v6e:4x4", "v6e-16", 4), ("tpu7x:4x4x4", "tpu7x-128", 16)],
 )
-def test_slices(topology, accelerator, hosts):
-    found = job.parse(topology)
-    assert (found.accelerator, found.hosts) == (accelerator, hosts)
+def test_slices(name, accelerator, hosts):
+    found = topology(name)
+    assert (job.accelerator(found), job.hosts_of(found)) == (accelerator, hosts)
 
 
 def test_a_dry_run_shows_the_commands_of_every_slice(capsys):
-    assert launch.main(["tpu", "run", *TPU, *TRAIN, "--slices=2", "--config.steps=7", "--dry_run"]) == 0
+    assert launch.main(["tpu", "run", *TWO, *TRAIN, "--config.steps=7", "--dry_run"]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [line[:6] for line in lines] == [["gcloud", "compute", "tpus", "tpu-vm", "ssh", f"a-{n}"] for n in (0, 1)]
     (words,) = {word for word in lines[0] if word.startswith("--command=")}
     assert f"--config={CONFIG} --workdir=gs://bucket/a --processes=auto --config.steps=7" in words
-    assert launch.main(["tpu", "create", *TPU, "--slices=2", "--spot", "--dry_run"]) == 0
+    assert launch.main(["tpu", "create", *TWO, "--spot", "--dry_run"]) == 0
     created = capsys.readouterr().out
     assert "--node-prefix=a --node-count=2 --accelerator-type=v5litepod-256" in created and "--spot" in created
 
@@ -46,7 +48,7 @@ def test_a_watched_job_outlives_a_preemption_and_a_lost_process(monkeypatch):
         ["", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDED", "ACTIVE", "ACTIVE", "ACTIVE", "ACTIVE"]
     )
     found = iter(["", "running", "", "75", "running", "0"])  # of the training, asked where the slices are there
-    pod = tpu.Pod("a", "zone", job.parse("v5e:2x4"))
+    pod = tpu.Pod("a", "zone", topology("v5e:2x4"))
 
     def ask(words):
         return next(states) if "describe" in words else next(found)
@@ -66,7 +68,7 @@ def remote(commands):
 
 def test_what_a_host_is_told(tmp_path):
     """Started once, seen to be at work, told to stop; then its exit code is there, and it is started again."""
-    pod = tpu.Pod("a", "zone", job.parse("v5e:2x4"))
+    pod = tpu.Pod("a", "zone", topology("v5e:2x4"))
     python = tmp_path / "code" / tpu.PYTHON
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
@@ -105,7 +107,7 @@ def test_what_a_host_is_told(tmp_path):
 
 def test_logs_of_any_host(capsys):
     for host, where in ((3, ["a-0", "--worker=3"]), (65, ["a-1", "--worker=1"])):
-        assert launch.main(["tpu", "logs", *TPU, "--slices=2", f"--host={host}", "--dry_run"]) == 0
+        assert launch.main(["tpu", "logs", *TWO, f"--host={host}", "--dry_run"]) == 0
         assert shlex.split(capsys.readouterr().out)[5:7] == where
 
 
@@ -145,7 +147,7 @@ def test_a_slurm_job_is_told_in_time_and_queued_again(code, restarts, again, tmp
 
 
 def test_a_jobset_has_a_pod_a_host(capsys):
-    words = ["kubernetes", "manifest", "--name=a", "--image=i", "--topology=v5e:16x16", "--slices=2", *TRAIN]
+    words = ["kubernetes", "manifest", "--name=a", "--image=i", "--topology=v5e:16x16*2", *TRAIN]
     assert launch.main(words) == 0
     whole = json.loads(capsys.readouterr().out)["spec"]
     (jobs,) = whole["replicatedJobs"]
@@ -166,10 +168,11 @@ def test_a_jobset_has_a_pod_a_host(capsys):
         (["tpu", "crate", *TPU], "unknown action of tpu 'crate'; nearest: create"),
         (["tpu", "create", "--name=a"], "tpu create needs --zone, --topology"),
         (["tpu", "run", *TPU], "tpu run needs --config, --workdir"),
-        (["tpu", "create", *TPU[:2], "--topology=v5:4x4"], "unknown TPU generation 'v5'; nearest: v5"),
-        (["tpu", "create", *TPU[:2], "--topology=v4:4x4"], "v4 has 3 axes, such as v4:4x4x4"),
-        (["tpu", "create", *TPU, "--slices=0"], "--slices is 0: at least 1 is needed"),
+        (["tpu", "create", *TPU[:2], "--topology=v4:4x4"], "unknown topology 'v4:4x4'; nearest: v4:4x4x8, v4:4x4x4"),
+        (["tpu", "create", *TPU[:2], "--topology=tpu7x:4x4x4"], "there are no TPU VMs of tpu7x: use kubernetes"),
+        (["slurm", "script", *TRAIN, "--nodes=0"], "--nodes is 0: at least 1 is needed"),
         (["tpu", "run", *TPU, "--config=none.py", "--workdir=a"], "--config=none.py: no such Python file"),
+        (["tpu", "run", *TPU, *TRAIN, "--config.stepz=3"], "unknown field 'stepz'; nearest: steps"),
         (["tpu", "logs", *TPU, "--host=64"], "--host is 64: there are 64 hosts, counted from 0"),
     ],
 )

@@ -1,8 +1,10 @@
 """Launchers: options, what they hand out and when, killed processes, full disks, and real clusters where they are."""
 
 import errno
+import importlib.metadata
 import importlib.util
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ from rich.console import Console
 from experiments import launchers, rows, runner, status, sweep
 from experiments.launchers import local, slurm
 from experiments.planning import load
+from xlstm_jax import metrics
 
 HERE = Path(__file__).parent
 MANY = f"{HERE / 'configs' / 'many.py'}"
@@ -128,6 +131,15 @@ def test_a_killed_worker_is_replaced_and_a_run_that_kills_each_has_failed(plan, 
     assert out.getvalue().count("another takes its place") == 4
 
 
+def test_a_worker_that_ends_on_a_full_disk_cannot_write_why(plan, tmp_path, monkeypatch):
+    rows.prepare(tmp_path, plan)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    with pytest.raises(ValueError, match="the disk is full; 0 of 4 results are safe: make room") as error:
+        with runner.telling_of_a_full_disk(plan, tmp_path):
+            local.run(plan, tmp_path, [sys.executable, "-c", "raise SystemExit(2)"], {}, Console(file=io.StringIO()))
+    assert "\n" not in str(error.value)
+
+
 def test_two_launchers_share_and_each_run_is_done_once(tmp_path, capsys):
     workdir, calls = tmp_path / "w", []
 
@@ -172,6 +184,14 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(tmp_path, monkeypatch, ca
     assert "the disk is full; 2 of 4 results are safe: make room" in error and error.count("\n") == 1
     assert len((workdir / "results.jsonl").read_text().splitlines()) == 2
     assert start("run", workdir) == 0 and len((workdir / "results.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        metrics.write_atomically(tmp_path / "a", "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
 
 
 def test_only_what_is_missing_and_not_queued_is_submitted(plan, tmp_path, monkeypatch):
@@ -227,13 +247,19 @@ def absent(*names):
     return ", ".join(found)
 
 
-def same_rows(left, right):
-    clocks = ("seconds", "wall_seconds")
+def same_rows(left, right, launcher, version, found="4 rows, each once, equal to those of inline"):
+    """But for the clocks; a row about it is added to the file that $LAUNCHER_ROWS names."""
+    lines, clocks = (right / "results.jsonl").read_text().splitlines(), ("seconds", "wall_seconds")
     left, right = (
         {name: {k: v for k, v in row.items() if k not in clocks} for name, row in rows.read(folder).items()}
         for folder in (left, right)
     )
-    assert left == right and len(left) == 4
+    assert left == right and len(left) == len(lines) == 4
+    if file := os.environ.get("LAUNCHER_ROWS"):
+        about = {name: json.loads(lines[0])[name] for name in ("commit", "versions", "device")}
+        with metrics.Lines(file) as out:
+            config = "tests/configs/many.py:4"
+            out.write(launcher=launcher, version=version, config=config, found=found, but_for=clocks, **about)
 
 
 @pytest.fixture(scope="module")
@@ -273,8 +299,9 @@ def test_a_real_slurm_gives_the_same_rows_and_a_requeue_loses_nothing(reference,
             subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], capture_output=True)
             time.sleep(0.5)
         assert start("run", workdir, "--launcher=slurm", run_one=None) == 0
-        same_rows(reference, workdir)
-        assert len((workdir / "results.jsonl").read_text().splitlines()) == 4
+        version = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+        found = "two nodes, a running job requeued: 4 rows, each once, equal to those of inline"
+        same_rows(reference, workdir, "slurm", version, found)
         assert len((workdir / "submitted.jsonl").read_text().splitlines()) == 1
     finally:
         subprocess.run([*script, "stop"])
@@ -283,5 +310,5 @@ def test_a_real_slurm_gives_the_same_rows_and_a_requeue_loses_nothing(reference,
 @pytest.mark.skipif(bool(absent("ray")), reason="a real Ray cluster needs the package ray")
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_real_ray_gives_the_same_rows(reference, tmp_path):
-    assert start("run", tmp_path / "w", "--launcher=ray", run_one=None) == 0
-    same_rows(reference, tmp_path / "w")
+    assert start("run", tmp_path / "w", "--launcher=ray", "--launcher_option=runs_per_task=2", run_one=None) == 0
+    same_rows(reference, tmp_path / "w", "ray", f"ray {importlib.metadata.version('ray')}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ from experiments import budgets, flops, growth, hlo, plan, topology, train
 from experiments.build import resolve
 from experiments.planning import read
 from xlstm_jax import cells, metrics, models
+from xlstm_jax.tasks import make
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = budgets.read()
@@ -112,6 +114,31 @@ def test_a_wrong_mesh_in_a_config(mesh, words, tmp_path):
     config, _ = read("tests/configs/tiny.py", ["batch_size=4", "eval_batch_size=4"])
     with pytest.raises(ValueError, match=words):
         train.run(ConfigDict(config.to_dict() | {"mesh": mesh, "accumulate": 2}), tmp_path / "run")
+
+
+def test_a_corpus_that_is_not_there_is_planned(tmp_path):
+    """As a task with a file of the same ids draws its batches."""
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.arange(9000, dtype=np.uint16) % 300)
+    for name, rows in (("text_lm", {}), ("token_windows", {"rows": "windows"}), ("token_windows", {})):
+        options = dict(name=name, corpus=f"file:{ids}", tokenizer="ids:300", carries_state=False, **rows)
+        found = plan.abstract_task({"task": options | {"corpus": "file:none.npy"}}).shapes(4)
+        assert found == jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make(**options).batch("train", 0, 0, 4)
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--topology=v5e-25"], "unknown topology 'v5e-25'; nearest: v5e-256"),
+        (["--topology=v5e:2x2", "--json=none/plan.json"], "--json=none/plan.json: there is no folder none"),
+        (["--topology=v5e:2x2,v5e:2x4", "--hlo=a.txt"], "--hlo=a.txt: it holds one program: name one topology"),
+    ],
+)
+def test_a_plan_that_cannot_be(arguments, words, capsys):
+    assert plan.main(["--config=configs/scaling.py:xlstm_125m,debug", *arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_search_takes_the_cheapest_remat_of_the_largest_batch(monkeypatch):
@@ -212,7 +239,8 @@ def test_what_no_formula_is_for(change, words):
     ],
 )
 def test_growth_that_cannot_be(argument, words, tmp_path, capsys):
-    assert growth.main([argument, "--topology=v5p:2x2x2", f"--out={tmp_path}"]) == 2
+    small = ["--config=configs/scaling.py:xlstm_125m,debug", "--config.mesh.data=-1"]
+    assert growth.main([argument, *small, "--topology=v5p:2x2x2", f"--out={tmp_path}"]) == 2
     assert words in capsys.readouterr().err
 
 

@@ -6,7 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from experiments import overview, planning, rows, sweep, throughput, vectorize
+from experiments import formats, overview, planning, rows, sweep, throughput, vectorize
+from experiments.planning import ROOT
 from xlstm_jax import metrics
 
 CONFIG = """
@@ -55,7 +56,7 @@ def test_groups_are_what_one_program_can_do(source):
     assert vectorize.program(planning.override(base, same), together=False) != vectorize.program(base, together=False)
 
 
-def test_a_metric_that_no_run_will_have_is_told_before_the_first_run(source, tmp_path, capsys):
+def test_a_metric_that_no_run_will_have_is_told_by_the_plan_and_before_the_first_run(source, tmp_path, capsys):
     made = dict(title="T", row="seed", rows={"0": "0"}, column="steps", columns={"2": "2"}, aggregate="mean")
     for wrong, message in (
         ({"metric": "test_acuracy"}, "unknown TABLE metric 'test_acuracy'; nearest: test_accuracy"),
@@ -63,9 +64,10 @@ def test_a_metric_that_no_run_will_have_is_told_before_the_first_run(source, tmp
     ):
         with open(source, "a") as file:
             file.write(f"\nTABLE = {made | wrong}\n")
-        assert sweep.main(["run", f"--config={source}", f"--workdir={tmp_path / 'w'}"]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1 and not (tmp_path / "w").exists()
+        for action in ("plan", "run"):
+            assert sweep.main([action, f"--config={source}", f"--workdir={tmp_path / 'w'}"]) == 2
+            error = capsys.readouterr().err
+            assert message in error and error.count("\n") == 1 and not (tmp_path / "w").exists()
 
 
 def test_the_plan_counts_programs_time_and_memory(source, tmp_path):
@@ -112,7 +114,7 @@ def test_a_wrong_option_of_any_run_is_named_by_the_plan(source, tmp_path, capsys
     assert "run partiy-" in error and "nearest: parity" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", (["--vectorize=onn"], ["--vectorize=on", "--launcher=local"]))
+@pytest.mark.parametrize("arguments", (["--vectorize=onn"], ["--vectorize=on", "--index=0"]))
 def test_wrong_vectorize_ends_in_one_line(source, tmp_path, capsys, arguments):
     assert sweep.main(["run", f"--config={source}", f"--workdir={tmp_path / 'w'}", *arguments]) == 2
     error = capsys.readouterr().err
@@ -142,12 +144,13 @@ def test_groups_run_once_fail_alone_and_shrink_when_memory_is_short(source, tmp_
 
 
 def test_a_group_really_runs(source, tmp_path):
-    """From the command line: one program for two seeds and two learning rates."""
+    """From the command line, as a worker does its share: one program for two seeds and two learning rates."""
     with open(source, "a") as file:
         file.write("\nrows = sweep\ndef sweep(arg=None): return list(rows(arg))[:4]\n")
     argv = ["run", f"--config={source}", f"--workdir={tmp_path / 'w'}", "--vectorize=on"]
-    assert sweep.main(argv) == 0
     plan = planning.load(source)
+    rows.prepare(tmp_path / "w", plan)
+    assert sweep.main([*argv, "--worker=0/1"]) == 0
     done = rows.read(tmp_path / "w")
     assert list(done) == [run.id for run in plan.runs] and {row["runs_together"] for row in done.values()} == {4}
     for run in plan.runs:
@@ -167,10 +170,20 @@ def test_throughput_writes_rows_and_a_table(source, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(throughput.vectorize, "together", lambda configs, *_, **__: calls.append(len(configs)) or [])
     monkeypatch.setattr(throughput.train, "run", lambda config, *_, **__: calls.append(config.seed) or {})
     monkeypatch.setattr(throughput.jax.config, "update", lambda *_: None)
-    argv = [f"--config={source}", "--runs=1,2", "--steps=2", f"--out={tmp_path / 'out'}"]
+    page, marks = tmp_path / "page.md", "before\n<!-- throughput -->\nold\n<!-- /throughput -->\nafter\n"
+    argv = [f"--config={source}", "--runs=1,2", "--steps=2", f"--out={tmp_path / 'out'}", f"--page={page}"]
+    page.write_text("no marks")
+    assert throughput.main(argv) == 2 and "needs one line <!-- throughput -->" in capsys.readouterr().err
+    page.write_text(marks)
     assert throughput.main(argv) == 0 and calls == [0, 1, 1, 1, 0, 1, 2, 3, 2, 2]
     found = metrics.read(tmp_path / "out/rows.jsonl")
     assert [(row["runs"], row["vectorized"]) for row in found] == [(1, False), (1, True), (2, False), (2, True)]
+    assert page.read_text() == marks.replace("old\n", throughput.markdown(found))
     text = throughput.markdown([row | {"again": row["runs"] * 2.0 ** (not row["vectorized"])} for row in found])
     assert [line.split("|")[2:4] for line in text.splitlines()[2:4]] == [[" 2.00 ", " 1.00 "], [" 4.00 ", " 2.00 "]]
     assert throughput.main(["--runs=1,x"]) == 2 and "numbers of runs" in capsys.readouterr().err
+
+
+def test_the_page_of_sweeps_has_the_table_of_the_committed_rows():
+    text, rows = (ROOT / "docs/sweeps.md").read_text(), metrics.read(ROOT / "results/throughput/rows.jsonl")
+    assert formats.between_marks(text, "throughput", throughput.markdown(rows)) == text

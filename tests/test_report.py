@@ -16,8 +16,13 @@ EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"do
 
 
 def row(number, accuracy, **more):
-    overrides = {"model.backbone": "ab"[number % 2], "optimizer.learning_rate": 10.0 ** -(1 + number), "seed": number}
-    config = {"model": {"backbone": "ab"[number % 2], "note": EVIL}, "seed": number, "steps": 20}
+    overrides = {
+        "model.backbone": "ab"[number % 2],
+        "+model.width": number,
+        "optimizer.learning_rate": 10.0 ** -(1 + number),
+        "seed": number,
+    }
+    config = {"model": {"backbone": "ab"[number % 2], "width": number, "note": EVIL}, "seed": number, "steps": 20}
     config["optimizer"] = {"learning_rate": 10.0 ** -(1 + number)}
     found = {"id": f"run{number}", "overrides": overrides, "config": config, "versions": {"jax": "1.2.3"}, "steps": 20}
     return found | {"seconds": 1.5, "valid_accuracy": accuracy, "wall_seconds": 2.0} | more
@@ -40,7 +45,7 @@ def sweep(tmp_path):
     with _lines(folder / "runs/run1/timing.jsonl") as lines:
         for step in (500, 1000):
             lines.write(step=step, seconds=1.0, goodput=0.5, spent={}, tokens_per_second=2.0 * step, mfu=0.25)
-        lines.write(step=1000, seconds=2.0, goodput=0.4, spent={})  # after an evaluation
+        lines.write(step=1000, seconds=2.0, goodput=0.4, spent={"lost": 0.7})  # after an evaluation
     (folder / "runs/failed/error.txt").write_text(f"Traceback\nValueError: {EVIL}\n")
     metrics.write_json(folder / "runs/late/config.json", {"id": "late", "config": {"seed": 7}, "commit": "abc"})
     return folder
@@ -86,9 +91,11 @@ def test_the_page_holds_all_and_escapes_all(sweep, capsys):
     states = {name: run["state"] for name, run in page.runs.items()}
     assert states == {"run0": "done", "run1": "done", "run2": "done", "failed": "failed", "late": "unfinished"}
     run = page.runs["run1"]
-    assert run["config"] == row(1, 0.9)["config"] and run["environment"] == {"versions": {"jax": "1.2.3"}}
+    assert run["config"] == row(1, 0.9)["config"] and run["environment"]["versions"] == {"jax": "1.2.3"}
+    assert run["environment"]["seconds spent, but on training"] == {"lost": 0.7}
     assert run["numbers"]["valid_accuracy"] == 0.9 and page.runs["run2"]["numbers"]["valid_accuracy"] == "nan"
-    assert run["fields"].keys() >= {"model.backbone", "optimizer.learning_rate", "seed"}
+    assert run["fields"].keys() >= {"model.backbone", "model.width", "optimizer.learning_rate", "seed"}
+    assert "+model.width" not in run["fields"]  # an option that a run adds is the field of its config
     assert run["lengths"] == {"test_accuracy_by_length": {"40-67": 0.9, "68-95": 0.7}}
     assert run["numbers"].items() >= {"tokens_per_second": 2000.0, "mfu": 0.25, "goodput": 0.4}.items()
     assert (

@@ -65,7 +65,15 @@ def test_stopped_at_a_checkpoint(tmp_path, stop, monkeypatch):
             fit(tmp_path / "stopped")
     with open(tmp_path / "stopped/metrics.jsonl", "a") as file:
         file.write('{"step": 24, "split": "train", "loss": 9.0}\n{"step": 25, "spl')
+    timing = tmp_path / "stopped/timing.jsonl"
+    saved = metrics.read(timing)[-1]
+    assert saved["step"] == stop and "lost" not in saved["spent"]
+    with metrics.Lines(timing) as lines:  # 100 seconds after the checkpoint, 40 of which were not training
+        lines.write(step=24, seconds=saved["seconds"] + 100, spent=saved["spent"] | {"data": 40.0})
     fit(tmp_path / "stopped")
+    found = metrics.read(timing)[-1]
+    assert found["seconds"] > saved["seconds"] + 100
+    assert (found["spent"]["lost"], found["spent"]["data"]) == (pytest.approx(60, abs=0.01), 40)
     assert (tmp_path / "stopped/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
 
 

@@ -202,8 +202,9 @@ def test_a_mesh_that_cannot_be(sizes, words):
     "sizes, words",
     [
         (dict(data=8), r"batch_size=12 does not divide over data x fsdp = 8: take a multiple, such as 8"),
+        (dict(runs=8), "mesh axis runs is 8: one run is not divided over it"),
         (dict(seq=8), r"seq_len=20 does not divide over seq=8"),
-        (dict(tensor=8), r"num_heads=4 of .*mixer.* does not divide over tensor=8"),
+        (dict(tensor=8), r"num_heads=4 of .*mixer.* does not divide over tensor=8: it can be 1, 2, 4"),
     ],
 )
 def test_what_does_not_divide(sizes, words):

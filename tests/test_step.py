@@ -156,6 +156,7 @@ def test_a_bad_step_is_rolled_back_from_and_its_batches_are_not_seen_again(tmp_p
     steps = [row["step"] for row in rows if row["split"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 30
     assert counted(rows)[-1] == 3  # batch 5 at step 6, back to 0; 23 at step 18, back to 10; 37 at step 24, back to 20
+    assert metrics.read(tmp_path / "whole/timing.jsonl")[-1]["spent"]["lost"] > 0
     with pytest.raises(train.Diverged, match=r"\(2 rollbacks to one checkpoint\)"):
         fit(tmp_path / "limit", task=Broken(bad=(3, 9)), options=options, max_bad_steps=1)
 

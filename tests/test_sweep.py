@@ -160,16 +160,22 @@ def test_plan_and_status_start_nothing(config, tmp_path, capsys):
     assert lines[3][:3] == ["3", "failed", runs[3].id] and len(lines) == 4
     assert " ".join(last) == f"3 done, 0 running, 1 failed, 0 missing; best valid_accuracy 0.8000 ({runs[1].id})"
     assert trainer.calls == []
+    values = dict(zip((run.id for run in runs), (float("nan"), 0.5, 0.4)))
+    found = status.best(load(config), {name: {"valid_accuracy": value} for name, value in values.items()})
+    assert found == (runs[1].id, "valid_accuracy", 0.5)
 
 
 def test_the_folder_of_another_config_is_refused_and_keeps_all(config, tmp_path, capsys):
     start("run", config, tmp_path / "w")
     before = {p: p.read_bytes() for p in (tmp_path / "w").rglob("*") if p.is_file()}
-    for action in ("run", "status", "plan"):
-        capsys.readouterr()
-        assert start(action, config + ":20", tmp_path / "w") == 2
-        error = capsys.readouterr().err
-        assert "steps: 10 there, 20 here" in error and error.count("\n") == 1
+    for message in ("steps: 10 there, 20 here", "has results and no sweep.json"):
+        for action in ("run", "status", "plan"):
+            capsys.readouterr()
+            assert start(action, config + ":20", tmp_path / "w") == 2
+            error = capsys.readouterr().err
+            assert message in error and error.count("\n") == 1
+        (tmp_path / "w" / "sweep.json").unlink(missing_ok=True)
+    del before[tmp_path / "w" / "sweep.json"]
     assert before == {p: p.read_bytes() for p in (tmp_path / "w").rglob("*") if p.is_file()}
 
 

@@ -148,6 +148,7 @@ def test_four_files(sweep, filled):
     [
         ({"metric": "test_scores"}, "unknown TABLE metric 'test_scores'; nearest: test_score"),
         ({"row": "model.name"}, "TABLE names the field 'model.name'"),
+        ({"rows": ["lstm", "mlstm"]}, "TABLE rows is ['lstm', 'mlstm']: a dictionary is needed"),
         ({"aggregate": "maen"}, "unknown TABLE aggregate 'maen'; nearest: mean"),
         ({"metrics": "test_score"}, "unknown TABLE entry 'metrics'; nearest: metric"),
         ({"aggregate": "best_of"}, "the rule best_of needs the number of runs, such as 3"),
@@ -191,9 +192,13 @@ def test_no_rows_no_table_or_another_sweep_end_in_one_line(sweep, filled, capsys
     assert "run `experiments.sweep run` with the same config first" in capsys.readouterr().err
     assert table.main([arguments[0], f"--workdir={filled}", "--config.steps=7"]) == 2
     assert "steps: 1000 there, 7 here" in capsys.readouterr().err
-    (tmp_path / "c.py").write_text(CONFIG.replace("TABLE =", "OTHER ="))
-    assert table.main(arguments) == 2
-    assert "has no TABLE" in capsys.readouterr().err
+    for content, message in (
+        (CONFIG + "TABLE = 3", "TABLE is 3: a dictionary"),
+        (CONFIG.replace("TABLE", "T"), "no TABLE"),
+    ):
+        (tmp_path / "c.py").write_text(content)
+        assert table.main(arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "results").rglob("sweep.json")), ids=lambda p: "-".join(p.parts[-3:-1]))

@@ -19,17 +19,22 @@ import ctypes
 import itertools
 import json
 import os
+import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, TextIO
+from unittest import mock
 
 import jax
-from jax._src.distributed import global_state  # the store has no public name
+from jax._src.distributed import _jax, global_state  # the store, and the limit of a start, have no public names
 from jax.experimental import multihost_utils
 
+GRACE = 10  # seconds after which one that process 0 does not answer ends by itself
 AGAIN = 75  # exit code (EX_TEMPFAIL): told to stop, or a process stalled or was lost; the same command goes on
 _meetings = itertools.count()
 _handlers = []  # of signals, kept alive
@@ -75,50 +80,90 @@ def start(
             raise ValueError(f"address is {address!r}: host:port of process 0 is needed")
         if not 0 <= index < count:
             raise ValueError(f"index is {index}: the number of one of {count} processes is needed, counted from 0")
-    # JAX ends a process that waited too long by an abort: the limit is kept here, and told to it as a later one
     seconds = dict(initialization_timeout=int(wait) + 60, heartbeat_timeout_seconds=int(heartbeat))
     if None not in given.values():
         seconds["cluster_detection_method"] = "deactivate"  # SLURM's would leave each process one GPU of its node
-    alarm = threading.Timer(wait, _nobody_came, (index, address, wait))
-    alarm.daemon = True
-    alarm.start()
-    try:
-        jax.distributed.initialize(address, count, index, **seconds)
-    except (ValueError, RuntimeError) as error:
-        missing = ", ".join(name for name, value in given.items() if value is None)
-        hint = f"; not given: {missing}" if missing else ""
-        words = " ".join(str(error).split())
-        raise RuntimeError(f"the processes did not come together within {wait} s{hint} ({words[:300]})") from None
-    finally:
-        alarm.cancel()
-    _abort_is_the_loss_of_another()
+    with _held_back() as (stderr, held):
+        me = "this process" if index is None else f"process {index}"
+        unheard = f"nothing was heard of process 0{f' at {address}' if address else ''} for {wait} s"
+        alarm = threading.Timer(wait + GRACE, _end, (me, unheard, stderr))
+        alarm.daemon = True
+        alarm.start()
+        _on_abort(lambda: _end(me, _who_did_not_come(_text(held), wait), stderr))
+        limited = partial(_jax.get_distributed_runtime_service, cluster_register_timeout=max(int(wait), 1))
+        try:
+            with mock.patch.object(_jax, "get_distributed_runtime_service", limited):
+                jax.distributed.initialize(address, count, index, **seconds)
+        except (ValueError, RuntimeError) as error:
+            missing = ", ".join(name for name, value in given.items() if value is None)
+            hint = f"; not given: {missing}" if missing else ""
+            words = " ".join(str(error).split())
+            raise RuntimeError(f"the processes did not come together within {wait} s{hint} ({words[:300]})") from None
+        finally:
+            alarm.cancel()
+    _on_abort(_another_was_lost)
+    if global_state.client is not None:
+        _same_count(wait)
 
 
-def _abort_is_the_loss_of_another() -> None:
-    """JAX aborts, from a thread of its own, where the coordinator says that a process is lost, or is lost itself.
+def _same_count(wait: float | int) -> None:
+    """ValueError on every process where one was told of another number of processes than process 0."""
 
-    Here that is one more line and exit code 75. Python's own handlers do not run then, so this is one of C.
-    """
+    def told(rank):
+        return int(global_state.client.blocking_key_value_get(f"xlstm_jax/count/{rank}", int(1000 * wait)))
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def ended(_):
-        if threading.get_native_id() != threading.main_thread().native_id:  # else it is an error of this process
-            print(
-                f"error: process {global_state.process_id}: another process was lost, as is said above. Ending: start"
-                " the job again",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(AGAIN)
-
-    _handlers.append(ended)
-    ctypes.CDLL(None).signal(signal.SIGABRT, ended)
+    global_state.client.key_value_set(f"xlstm_jax/count/{global_state.process_id}", str(global_state.num_processes))
+    counts = [told(rank) for rank in range(told(0))]
+    if set(counts) != {len(counts)}:
+        raise ValueError(f"processes 0, 1, ... were told differently how many they are: {', '.join(map(str, counts))}")
 
 
-def _nobody_came(index: int | None, address: str | None, wait: float | int) -> None:
-    me, where = "this process" if index is None else f"process {index}", f" at {address}" if address else ""
-    print(f"error: {me}{where}: not all others came within {wait} s. Ending: start the job again", file=sys.stderr)
+@contextlib.contextmanager
+def _held_back() -> Iterator[tuple[TextIO, TextIO]]:
+    """Standard error, and the file that takes what anybody, JAX's C++ too, writes to it until the end of the block."""
     sys.stderr.flush()
+    with os.fdopen(os.dup(2), "w") as stderr, tempfile.TemporaryFile("w+", errors="replace") as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield stderr, held
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr.fileno(), 2)
+            stderr.write(_text(held))
+
+
+def _text(file: TextIO) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def _who_did_not_come(said: str, wait: float | int) -> str:
+    """One line of what JAX says before it aborts at the start."""
+    listed = re.search(r"timed out task names:\n((?:\S*\d\n)+)", said)
+    if listed is None:
+        return f"the others did not come within {wait} s ({' '.join(said.split())[:300]})"
+    ranks = sorted(int(name) for name in re.findall(r"(\d+)\n", listed[1]))
+    return f"waited {wait} s for all to come: process {', '.join(map(str, ranks))} did not"
+
+
+def _on_abort(tell: Callable[[], None]) -> None:
+    """JAX aborts where others do not come, where the coordinator says that one is lost, or is lost itself.
+
+    Python's own handlers do not run then, so this is one of C.
+    """
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: tell())
+    _handlers.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+
+
+def _another_was_lost() -> None:
+    if threading.get_native_id() != threading.main_thread().native_id:  # else it is an error of this process
+        _end(f"process {global_state.process_id}", "another process was lost, as is said above")
+
+
+def _end(me: str, words: str, file: TextIO | None = None) -> None:
+    """Ends this process from any thread, with one line."""
+    print(f"error: {me}: {words}. Ending: start the job again", file=file or sys.stderr, flush=True)
     os._exit(AGAIN)
 
 
@@ -235,14 +280,9 @@ class Watch:
                 steps = {rank: int(text) for rank, text in _told("beat").items()}
                 least = min(steps.values(), default=0)
                 behind = [rank for rank in range(_count()) if steps.get(rank, 0) == least]
-                print(
-                    f"process {global_state.process_id}: no step for {self.limit} s, the last was {self._step}; "
-                    f"furthest behind, at step {least}: process {', '.join(map(str, behind))}. Ending: start the job"
-                    " again",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(AGAIN)
+                furthest = f"furthest behind, at step {least}: process {', '.join(map(str, behind))}"
+                words = f"no step for {self.limit} s, the last was {self._step}; {furthest}"
+                _end(f"process {global_state.process_id}", words)
 
     def __enter__(self):
         if self._thread:

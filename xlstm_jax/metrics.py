@@ -111,23 +111,38 @@ class Clock:
             if name != "training":
                 self._spent[name] = self._spent.get(name, 0.0) + time.monotonic() - start
 
+    def lose(self, last: dict[str, Any], kept: dict[str, Any] | None) -> None:
+        """What was training between two rows is done again: it is lost. kept: None is the beginning of the run."""
+        lost = training(last) - (training(kept) if kept else 0.0)
+        if lost > 0:
+            self._spent["lost"] = self._spent.get("lost", 0.0) + lost
+
     def total(self) -> float:
         """Seconds so far, earlier calls included."""
         return self._before + time.monotonic() - self._start
 
     def row(self) -> dict[str, Any]:
         """Seconds, seconds by what is not training, and the share that is training (goodput)."""
-        total, lost = self.total(), sum(self._spent.values())
+        total, other = self.total(), sum(self._spent.values())
         spent = {name: round(value, 3) for name, value in self._spent.items()}
-        return {"seconds": round(total, 3), "goodput": round(1 - lost / max(total, lost, 1e-9), 4), "spent": spent}
+        return {"seconds": round(total, 3), "goodput": round(1 - other / max(total, other, 1e-9), 4), "spent": spent}
+
+
+def training(row: dict[str, Any]) -> float:
+    """Seconds of a clock's row that were training."""
+    return row["seconds"] - sum(row["spent"].values())
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Replace the file as a whole: a reader, or a kill, sees the old text or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:  # a full disk: no half file stays
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -103,15 +103,21 @@ class Run:
 
     def _reopen_lines(self) -> None:
         metrics.truncate(self._workdir / "metrics.jsonl", self.step)
-        spent = metrics.truncate(self._workdir / "timing.jsonl", self.step)
-        if self._timing is None and spent:
-            if not isinstance(spent[-1].get("seconds"), int | float) or not isinstance(spent[-1].get("spent"), dict):
+        path = self._workdir / "timing.jsonl"
+        written = metrics.read(path)
+        for row in written:
+            if not isinstance(row.get("seconds"), int | float) or not isinstance(row.get("spent"), dict):
                 raise ValueError(
-                    f"{self._workdir / 'timing.jsonl'} names no seconds, or not what they were spent on, at step"
-                    f" {spent[-1]['step']}: restore or delete the file"
+                    f"{path} names no seconds, or not what they were spent on, at step {row.get('step')}: restore or"
+                    " delete the file"
                 )
-            self._clock.resume(spent[-1]["seconds"], spent[-1]["spent"])
-        stops = [row for row in spent if row["step"] == self.step and "window" in row]
+        kept = metrics.truncate(path, self.step)
+        if written:
+            last = written[-1] if self._timing is None else self._clock.row()
+            if self._timing is None:
+                self._clock.resume(last["seconds"], last["spent"])
+            self._clock.lose(last, kept[-1] if kept else None)
+        stops = [row for row in kept if row["step"] == self.step and "window" in row]
         self._window = stops[-1]["window"] if stops else []
         self._lines = metrics.Lines(self._workdir / "metrics.jsonl")
         self._timing = metrics.Lines(self._workdir / "timing.jsonl")
@@ -214,6 +220,8 @@ class Run:
         if self.checkpoints:
             with self._clock("checkpoint"):
                 self.checkpoints.save(step, state)
+            if self._timing:
+                self._timing.write(step=step, **self._clock.row())
 
     def stop(self) -> NoReturn:
         """Saves this step, with what the next train line is to be the mean of; ends in `Stopped`."""

@@ -92,6 +92,10 @@ def use(mesh: Mesh | None):
 def check(mesh: Mesh, *, batch_sizes: Mapping[str, int], seq_len: int | None, model: nnx.Module) -> None:
     """ValueError where batches, the steps in time or the model's heads do not divide over the mesh."""
     sizes = mesh.shape
+    if sizes["runs"] > 1:
+        raise ValueError(
+            f"mesh axis runs is {sizes['runs']}: one run is not divided over it; sweeps do so by themselves"
+        )
     rows = math.prod(sizes[axis] for axis in local.ROWS)
     for name, size in batch_sizes.items():
         if size % rows:
@@ -105,8 +109,10 @@ def check(mesh: Mesh, *, batch_sizes: Mapping[str, int], seq_len: int | None, mo
         heads = getattr(module, "num_heads", 1)
         if isinstance(heads, int) and heads > 1 and heads % sizes["tensor"]:
             where = ".".join(str(part) for part in path)
+            fitting = [size for size in range(1, heads + 1) if heads % size == 0]
             raise ValueError(
-                f"num_heads={heads} of {where} ({type(module).__name__}) does not divide over tensor={sizes['tensor']}"
+                f"num_heads={heads} of {where} ({type(module).__name__}) does not divide over tensor={sizes['tensor']}:"
+                f" it can be {', '.join(map(str, fitting))}"
             )
 
 
@@ -186,7 +192,7 @@ def state_specs(state: PyTree, model: nnx.Module, sizes: Mapping[str, int]) -> P
     """A spec for every leaf of a train state: parameters by rule, the optimiser's leaves as the parameter whose name
     theirs ends in, carried states by rows; the rest on every device."""
     params = parameter_specs(model, sizes)
-    rows = _row_axes(model)
+    rows = iter(jax.tree.leaves(_row_specs(model)) if state.carry else ())
 
     def spec(path, leaf):
         name = parameter_name(path)
@@ -199,12 +205,15 @@ def state_specs(state: PyTree, model: nnx.Module, sizes: Mapping[str, int]) -> P
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def _row_axes(model: nnx.Module):
-    """Of each leaf of the model's state, in order, the spec that divides its rows."""
-    shapes = [jax.tree.leaves(nnx.eval_shape(lambda rows=batch: model.initial_state(rows))) for batch in (2, 3)]
-    for two, three in zip(*shapes, strict=True):
-        axis = next(n for n, (a, b) in enumerate(zip(two.shape, three.shape)) if a != b)
-        yield PartitionSpec(*(None,) * axis, local.ROWS)
+def row_axes(model: nnx.Module) -> PyTree:
+    """The axis of the rows of each array of the model's state; the layers of a stack have theirs before it."""
+    two, three = (nnx.eval_shape(lambda rows=rows: model.initial_state(rows)) for rows in (2, 3))
+    return jax.tree.map(lambda a, b: next(n for n, size in enumerate(a.shape) if size != b.shape[n]), two, three)
+
+
+def _row_specs(model: nnx.Module) -> PyTree:
+    """Of each array of the model's state the spec that divides its rows."""
+    return jax.tree.map(lambda axis: PartitionSpec(*(None,) * axis, local.ROWS), row_axes(model))
 
 
 def keep(state: PyTree, graphdef: nnx.GraphDef) -> PyTree:
@@ -235,8 +244,7 @@ def carried(state: PyTree, model: nnx.Module) -> PyTree:
     """A model's recurrent state with its rows divided over the mesh; as it is without one."""
     if math.prod(local.sizes().values()) == 1:
         return state
-    specs = jax.tree.unflatten(jax.tree.structure(state), list(_row_axes(model)))
-    return jax.tree.map(jax.lax.with_sharding_constraint, state, specs)
+    return jax.tree.map(jax.lax.with_sharding_constraint, state, _row_specs(model))
 
 
 def parameter_shardings(model: nnx.Module, mesh: Mesh) -> PyTree:

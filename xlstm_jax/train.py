@@ -182,7 +182,7 @@ def gradients(params: PyTree, graphdef: nnx.GraphDef, batch, carry, key, parts: 
     totals = totals_of(batch)
     if parts == 1:
         return grad(params, batch, carry, key, totals)
-    axes = _row_axes(graphdef, params) if carry is not None else None
+    axes = sharding.row_axes(nnx.merge(graphdef, params)) if carry is not None else None
 
     def accumulated(params, totals, batch, carry, keys):
         carries = None if carry is None else jax.tree.map(partial(_divide, parts), carry, axes)
@@ -204,12 +204,6 @@ def gradients(params: PyTree, graphdef: nnx.GraphDef, batch, carry, key, parts: 
         accumulated, (params, totals), (batch, carry, keys), places, axes
     )
     return grads, (loss, accuracy, carry)
-
-
-def _row_axes(graphdef: nnx.GraphDef, params: PyTree) -> PyTree:
-    """The axis of the rows of each array of the model's state (layers that are stacked have theirs before it)."""
-    one, two = (jax.eval_shape(lambda p, n=n: nnx.merge(graphdef, p).initial_state(n), params) for n in (1, 2))
-    return jax.tree.map(lambda a, b: next(n for n, size in enumerate(a.shape) if size != b.shape[n]), one, two)
 
 
 def _divide(parts: int, x: Array, axis: int = 0) -> Array:

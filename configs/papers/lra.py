@@ -125,6 +125,7 @@ TABLE = dict(
             values={("transformer", "listops"): 0.3637},
         )
     ],
+    protocol=dict(zip(("model.num_layers", "model.dim", "batch_size", "steps"), map(list, zip(*SETS.values())))),
     differences="Paper: ListOps with 8 blocks of width 128, batch 32, 80,000 steps, the best of 3 learning rates and 2 "
     "schedules. Here: {config[model][num_layers]} blocks of width {config[model][dim]}, batch {config[batch_size]}, "
     "{config[steps]:,} steps, learning rate {swept[optimizer.learning_rate]}, task {config[task]}.",

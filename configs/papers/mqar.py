@@ -151,6 +151,11 @@ TABLE = dict(
         missing="the papers show accuracies in images only; their text says that attention, xLSTM[1:0] and xLSTM[1:1] "
         "solve experiment 1 at all widths and that xLSTM[0:1] is better than the LSTM, both below those",
     ),
+    protocol={
+        "task.vocab_size": 8_192,
+        "batch_size": list(BATCH.values()),
+        "optimizer.learning_rate": [*RATES, *AT_24],
+    },
     differences="Papers: contexts of 64, 128 and 256 with 4, 8 and 16 pairs, vocabulary 8,192, widths 64 to 512, "
     "100,000 samples seen 64 times in batches of 512 (256), best of 4 learning rates. Here: contexts of "
     "{swept[task.length]} with {swept[task.pairs]} pairs, vocabulary {config[task][vocab_size]:,}, 2 blocks of width "

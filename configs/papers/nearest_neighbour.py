@@ -110,6 +110,7 @@ TABLE = dict(
         values={},
         missing="the paper shows curves only",
     ),
+    protocol={"task.length": 64, "model.dim": 128, "model.dropout": 0.1, "steps": 100_000},
     differences="Paper: contexts up to 64, 8,192 training sequences, 2 blocks of width 128, dropout 0.1, 100,000 "
     "steps, best of 4 learning rates, 5 seeds. Here: context {config[task][length]}, fresh training samples, 2 blocks "
     "of width {config[model][dim]}, dropout {config[model][dropout]:g}, {config[steps]:,} steps of batch "

@@ -133,6 +133,7 @@ TABLE = dict(
         missing="the paper shows boxes only; on JSB it reports no variant significantly better than the vanilla one, "
         "NFG and NOAF worse",
     ),
+    protocol={"optimizer.name": "sgd"},
     differences="Paper: one layer, 200 trials a variant, SGD with Nesterov momentum, width 20-200, learning rate 1e-6 "
     "to 1e-2, momentum 0 to 0.99, input noise 0 to 1, early stopping. Here: {config[steps]:,} steps of batch "
     "{config[batch_size]}, Adam with cosine decay, width 20-200, learning rate 1e-4 to 3e-2, input dropout 0 to 0.5.",

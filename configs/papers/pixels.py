@@ -96,6 +96,7 @@ TABLE = dict(
             ("gru", "True"): 0.873,
         },
     ),
+    protocol={"task.images": "mnist", "task.pool": 1, "model.dim": 130},
     differences="Paper: MNIST, 784 pixels, one layer of 130, clip 1, RMSprop 1e-3, forget bias 1 in order and 10 "
     "permuted (the GRU's settings are not known). Here: {config[task][images]}, pooled {config[task][pool]} x "
     "{config[task][pool]}, width {config[model][dim]}, Adam, learning rate {config[optimizer][learning_rate]:g} and "

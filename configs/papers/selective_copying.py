@@ -116,6 +116,7 @@ TABLE = dict(
         },
         missing="no such row in the paper",
     ),
+    protocol={"task.length": 4_096, "task.symbols": 16},
     differences="Paper: 4,096 steps, 16 symbols of an alphabet of 16, layers with a feed-forward part. "
     "Here: {config[task][length]:,} steps, {config[task][symbols]} symbols of 14, width {config[model][dim]}, "
     "{config[steps]:,} steps of batch {config[batch_size]} of fresh samples, learning rate "

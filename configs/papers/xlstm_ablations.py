@@ -114,6 +114,7 @@ TABLE = dict(
             ("no convolution", "byte_lm"): 15.41,
         },
     ),
+    protocol={"task.seq_len": 2_048, "steps": 28_170, "batch_size": 256},
     differences="Paper: 400 to 600 million parameters, context 2,048, 28,170 steps of batch 256. Here: "
     "{config[model][num_layers]} layers of widths {swept[model.dim]}, {config[steps]:,} steps of {config[batch_size]} "
     "x {config[task][seq_len]} bytes, state carried over, learning rate {config[optimizer][learning_rate]:g}, seeds "

@@ -193,6 +193,7 @@ TABLE = dict(
     aggregate="mean",
     range=(0.0, 1.0),
     digits=2,
+    protocol={"steps": 100_000, "batch_size": 256},
     paper=dict(
         name="paper",
         source="xLSTM (arXiv 2405.04517), Fig. 4, in so far as Grazzi et al. (arXiv 2411.12537), Tab. 3, quote it; "

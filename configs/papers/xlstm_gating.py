@@ -91,5 +91,6 @@ TABLE = dict(
         },
         missing="diverged",
     ),
+    protocol=xlstm_ablations.TABLE["protocol"],
     differences=xlstm_ablations.TABLE["differences"].replace("widths {swept[model.dim]}", "width {config[model][dim]}"),
 )

@@ -1,11 +1,12 @@
 """Training on machines that are not this one: python -m experiments.launch tpu|slurm|kubernetes ACTION ... [--dry_run]
 
-    tpu         create | setup | run | logs | watch | stop | delete     --name --zone --topology [--slices --spot]
+    tpu         create | setup | run | logs | watch | stop | delete     --name --zone --topology [--spot]
     slurm       submit | script                                         --nodes [--time --option=partition=NAME]
-    kubernetes  apply | manifest                                        --name --image --topology [--slices --spot]
+    kubernetes  apply | manifest                                        --name --image --topology [--spot]
 
 Each takes --config=FILE.py[:arg] and --workdir=DIR (a folder that all hosts see) and --config.a.b=v, as
-experiments.train does, which runs on every host. --dry_run prints every command and does nothing.
+experiments.train does, which runs on every host. Topologies are those of experiments.plan: v5e:16x16, v5e-256, or
+v5e:16x16*2 for two slices. --dry_run prints every command and does nothing.
 """
 
 import subprocess
@@ -13,9 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments import command
+from experiments import command, planning
+from experiments.build import resolve
 from experiments.launch import kubernetes, slurm, tpu
-from experiments.launch.job import parse, shell, training
+from experiments.launch.job import HOSTS, hosts_of, shell, training
+from experiments.topology import topology
 from xlstm_jax.names import unknown
 
 ACTIONS = {"tpu": tpu.ACTIONS, "slurm": ("submit", "script"), "kubernetes": ("apply", "manifest")}
@@ -33,7 +36,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("action", help="; ".join(f"{where}: {', '.join(each)}" for where, each in ACTIONS.items()))
     for name in ("config", "workdir", "name", "zone", "project", "topology", "image"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--restarts", type=int, default=10, help="kubernetes: of the whole set")
     parser.add_argument("--time", default="24:00:00", help="slurm: the time limit")
@@ -52,18 +54,20 @@ def main(argv: list[str]) -> int:
     missing = [f"--{name}" for name in needed if not getattr(options, name)]
     if missing:
         raise ValueError(f"{options.where} {options.action} needs {', '.join(missing)}")
-    for name in ("slices", "nodes"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}: at least 1 is needed")
-    if options.where == "tpu" and not 0 <= options.host < (most := parse(options.topology).hosts * options.slices):
-        raise ValueError(f"--host is {options.host}: there are {most} hosts, counted from 0")
-    if options.config and not Path(options.config.partition(":")[0]).is_file():
-        raise ValueError(f"--config={options.config}: no such Python file")
+    if options.nodes < 1:
+        raise ValueError(f"--nodes is {options.nodes}: at least 1 is needed")
+    if options.config:
+        resolve(planning.read(options.config, options.overrides)[0])
     return {"tpu": on_tpu, "slurm": on_slurm, "kubernetes": on_kubernetes}[options.where](options)
 
 
 def on_tpu(options) -> int:
-    pod = tpu.Pod(options.name, options.zone, parse(options.topology), options.slices, options.spot, options.project)
+    where = topology(options.topology)
+    if HOSTS[where.generation].runtime is None:
+        raise ValueError(f"--topology={options.topology}: there are no TPU VMs of {where.generation}: use kubernetes")
+    if not 0 <= options.host < (count := hosts_of(where) * where.slices):
+        raise ValueError(f"--host is {options.host}: there are {count} hosts, counted from 0")
+    pod = tpu.Pod(options.name, options.zone, where, options.spot, options.project)
     words = training(options.config, options.workdir, options.overrides, python=tpu.PYTHON)
     with tempfile.TemporaryDirectory() as folder:
         archive = f"{'DIR' if options.dry_run else folder}/code.tar.gz"
@@ -106,8 +110,7 @@ def on_kubernetes(options) -> int:
         training(options.config, options.workdir, options.overrides),
         name=options.name,
         image=options.image,
-        slice=parse(options.topology),
-        slices=options.slices,
+        where=topology(options.topology),
         restarts=options.restarts,
         spot=options.spot,
     )

@@ -1,63 +1,38 @@
 """What every kind of machine is told: which slices, and which command each of their hosts runs."""
 
-import math
-import re
 import shlex
 from typing import NamedTuple
 
-from xlstm_jax.names import unknown
+from experiments.topology import CORES_IN_NAME, Topology, chips_of
 
 
-class Chip(NamedTuple):
-    """A TPU generation as Google Cloud names it (cloud.google.com: tpu/docs and kubernetes-engine/docs)."""
+class Hosts(NamedTuple):
+    """The machines of a TPU generation as Google Cloud names them (tpu/docs and kubernetes-engine/docs there)."""
 
     prefix: str  # of the accelerator type
-    counted: int  # what that counts a chip
-    runtime: str  # software version of a TPU VM
+    runtime: str | None  # software version of a TPU VM; None: there are none, only Kubernetes has this generation
     node: str  # GKE's accelerator label
-    one_host: int  # the most chips that one host has alone; in larger slices a host has 4
+    alone: int  # the most chips that one host has alone; in larger slices a host has 4
 
 
-CHIPS = {
-    "v4": Chip("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", 4),
-    "v5e": Chip("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", 8),
-    "v5p": Chip("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", 4),
-    "v6e": Chip("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", 8),
+HOSTS = {
+    "v4": Hosts("v4", "tpu-ubuntu2204-base", "tpu-v4-podslice", 4),
+    "v5e": Hosts("v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", 8),
+    "v5p": Hosts("v5p", "v2-alpha-tpuv5", "tpu-v5p-slice", 4),
+    "v6e": Hosts("v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice", 8),
+    "tpu7x": Hosts("tpu7x", None, "tpu7x", 4),
 }
 
 
-class Slice(NamedTuple):
-    """One of the equal slices of a job: `v5e:16x16`."""
-
-    chip: Chip
-    shape: str
-
-    @property
-    def chips(self) -> int:
-        return math.prod(map(int, self.shape.split("x")))
-
-    @property
-    def hosts(self) -> int:
-        return 1 if self.chips <= self.chip.one_host else self.chips // 4
-
-    @property
-    def accelerator(self) -> str:
-        """v5litepod-256, v4-128 (that is 64 chips), ..."""
-        return f"{self.chip.prefix}-{self.chips * self.chip.counted}"
+def hosts_of(where: Topology) -> int:
+    """Of one of its slices."""
+    chips = chips_of(where.shape)
+    return 1 if chips <= HOSTS[where.generation].alone else chips // 4
 
 
-def parse(topology: str) -> Slice:
-    """ "v5e:16x16"; ValueError names the generations."""
-    kind, _, shape = topology.partition(":")
-    if kind not in CHIPS:
-        raise ValueError(unknown("TPU generation", kind, CHIPS) + "; a topology is written v5e:16x16")
-    sizes = 3 if kind in ("v4", "v5p") else 2
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") != sizes - 1:
-        raise ValueError(f"--topology={topology}: {kind} has {sizes} axes, such as {kind}:{'x'.join(['4'] * sizes)}")
-    found = Slice(CHIPS[kind], shape)
-    if found.chips > found.chip.one_host and found.chips % 4:
-        raise ValueError(f"--topology={topology}: {found.chips} chips do not fill hosts of 4")
-    return found
+def accelerator(where: Topology) -> str:
+    """Of one slice: v5litepod-256, v4-128 (that is 64 chips), ..."""
+    return f"{HOSTS[where.generation].prefix}-{chips_of(where.shape) * CORES_IN_NAME.get(where.generation, 1)}"
 
 
 def training(config: str, workdir: str, overrides: list[str], python: str = "python") -> list[str]:

@@ -6,15 +6,17 @@ ends with anything but 0, 1 and 2, restarts the set; 1 (diverged) and 2 (somethi
 
 import json
 
-from experiments.launch.job import Slice
+from experiments.launch.job import HOSTS, hosts_of
+from experiments.topology import Topology, chips_of
 
 
-def manifest(words: list[str], *, name: str, image: str, slice: Slice, slices: int, restarts: int, spot: bool) -> str:
+def manifest(words: list[str], *, name: str, image: str, where: Topology, restarts: int, spot: bool) -> str:
     """As JSON, which is YAML too."""
-    per_host = slice.chips // slice.hosts
+    count = hosts_of(where)
+    per_host = chips_of(where.shape) // count
     selector = {
-        "cloud.google.com/gke-tpu-accelerator": slice.chip.node,
-        "cloud.google.com/gke-tpu-topology": slice.shape,
+        "cloud.google.com/gke-tpu-accelerator": HOSTS[where.generation].node,
+        "cloud.google.com/gke-tpu-topology": where.shape,
     } | ({"cloud.google.com/gke-spot": "true"} if spot else {})
     container = {
         "name": "train",
@@ -30,9 +32,9 @@ def manifest(words: list[str], *, name: str, image: str, slice: Slice, slices: i
         "containers": [container],
     }
     ends = {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [1, 2]}}
-    hosts = {"parallelism": slice.hosts, "completions": slice.hosts, "completionMode": "Indexed", "backoffLimit": 0}
+    hosts = {"parallelism": count, "completions": count, "completionMode": "Indexed", "backoffLimit": 0}
     hosts |= {"podFailurePolicy": {"rules": [ends]}}
-    job = {"name": "slice", "replicas": slices, "template": {"spec": hosts | {"template": {"spec": pod}}}}
+    job = {"name": "slice", "replicas": where.slices, "template": {"spec": hosts | {"template": {"spec": pod}}}}
     metadata = {
         "name": name,
         "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from experiments.launch.job import Slice, shell
+from experiments.launch.job import HOSTS, accelerator, hosts_of, shell
+from experiments.topology import Topology
 
 ACTIONS = ("create", "setup", "run", "logs", "watch", "stop", "delete")
 GONE = ("SUSPENDED", "SUSPENDING", "FAILED", "")  # states in which there is nothing to run on any more
@@ -31,8 +32,7 @@ class Pod(NamedTuple):
 
     name: str
     zone: str
-    slice: Slice
-    slices: int = 1
+    where: Topology
     spot: bool = False
     project: str | None = None
 
@@ -42,15 +42,17 @@ class Pod(NamedTuple):
 
     def nodes(self) -> list[str]:
         """A TPU VM a slice."""
-        return [self.name] if self.slices == 1 else [f"{self.name}-{n}" for n in range(self.slices)]
+        count = self.where.slices
+        return [self.name] if count == 1 else [f"{self.name}-{n}" for n in range(count)]
 
     def create(self) -> list[list[str]]:
         size = (
             [f"--node-id={self.name}"]
-            if self.slices == 1
-            else [f"--node-prefix={self.name}", f"--node-count={self.slices}"]
+            if self.where.slices == 1
+            else [f"--node-prefix={self.name}", f"--node-count={self.where.slices}"]
         )
-        kind = [f"--accelerator-type={self.slice.accelerator}", f"--runtime-version={self.slice.chip.runtime}"]
+        runtime = HOSTS[self.where.generation].runtime
+        kind = [f"--accelerator-type={accelerator(self.where)}", f"--runtime-version={runtime}"]
         spot = ["--spot"] if self.spot else []
         return [self.gcloud("queued-resources", "create", self.name, *size, *kind, *spot)]
 
@@ -77,7 +79,7 @@ class Pod(NamedTuple):
 
     def logs(self, host: int = 0) -> list[list[str]]:
         """Counted over all slices: the hosts of the first, then those of the second."""
-        node, worker = divmod(host, self.slice.hosts)
+        node, worker = divmod(host, hosts_of(self.where))
         return self.on_hosts(f"tail -n 100 -F {LOG}", worker=str(worker))[node : node + 1]
 
     def stop(self) -> list[list[str]]:

@@ -1,6 +1,8 @@
 """Several processes on this machine: one a core, or as many as the memory holds; a killed one is replaced."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ OPTIONS = {
     "memory": (float, "the GB that one run may need"),
 }
 MEMORY = 1.0  # GB for one run, where nothing is said
+FULL = 1e6  # bytes; with less left on the disk a worker that fails has failed for it
 KILLS = 2  # a run during which its worker was killed that often has failed
 
 
@@ -129,6 +132,8 @@ class Pool:
             del self._processes[index]
             if code < 0:
                 self._killed(index, process.pid, code)
+            elif code > 0 and shutil.disk_usage(self._workdir).free < FULL:  # nor has its log a word of it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             elif code > 0:
                 log = self._workdir / "logs" / f"worker-{index}.txt"
                 last = log.read_text(errors="replace").strip().splitlines()[-1:] or [f"exit code {code}"]

@@ -1,4 +1,4 @@
-"""Tasks on a Ray cluster, or on a local one that it starts: each task a worker process for one run, retried elsewhere.
+"""Tasks on a Ray cluster, or on a local one that it starts: each task a worker process, retried elsewhere.
 
 The nodes must see the folder and this source tree under the same names.
 """
@@ -17,10 +17,11 @@ from experiments.planning import Sweep
 
 OPTIONS = {
     "address": (str, "the cluster, such as auto or ray://HOST:10001; a local one if left out"),
-    "cpus": (float, "the cores of one run"),
-    "gpus": (float, "the GPUs of one run"),
-    "memory": (float, "the GB of one run"),
-    "retries": (int, "how often a run is started again that a node's end has killed"),
+    "cpus": (float, "the cores of a task"),
+    "gpus": (float, "the GPUs of a task"),
+    "memory": (float, "the GB of a task"),
+    "runs_per_task": (int, "the number of runs that a task does"),
+    "retries": (int, "how often a task is started again that a node's end has killed"),
 }
 RETRIES = 3
 
@@ -36,15 +37,15 @@ def check(action: str, options: dict) -> None:
 
 
 def run(sweep: Sweep, workdir: Path, command: list[str], options: dict, console: Console) -> None:
-    """A task for each missing run; returns when all have ended. If this process ends, Ray ends its tasks."""
+    """Tasks for what is missing; returns when all have ended. If this process ends, Ray ends its tasks."""
     ray = connect(options)
     try:
-        done = rows.read(workdir)
-        waiting = {
-            task(ray, options).remote([*command, f"--only={run.id}"], str(Path.cwd()), str(log(workdir, run.id))): run
-            for run in runner.in_order(sweep.runs)
-            if rows.state(workdir, run, done) == "missing"
-        }
+        done, waiting = rows.read(workdir), {}
+        missing = [run for run in sweep.runs if rows.state(workdir, run, done) == "missing"]
+        for share in launchers.shares(missing, options.get("runs_per_task", 1)):
+            names = [run.id for run in share]
+            words = [*command, f"--only={','.join(names)}"], str(Path.cwd()), str(log(workdir, names[0]))
+            waiting[task(ray, options).remote(*words)] = names[0]
         told: set = set()
 
         def alive() -> bool:
@@ -54,7 +55,7 @@ def run(sweep: Sweep, workdir: Path, command: list[str], options: dict, console:
                 try:
                     ray.get(each)
                 except ray.exceptions.RayError as error:
-                    words = f"  {waiting[each].id}: its task has ended: {runner.one_line(error)[-300:]}"
+                    words = f"  {waiting[each]}: its task has ended: {runner.one_line(error)[-300:]}"
                     console.print(words, highlight=False, markup=False, soft_wrap=True)
             return bool(left)
 
@@ -126,7 +127,7 @@ def connect(options: dict):
 
 
 def task(ray, options: dict):
-    """The remote function with what one run needs."""
+    """The remote function with what it needs."""
     needs = {"num_cpus": options.get("cpus", 1.0), "num_gpus": options.get("gpus", 0.0)}
     if "memory" in options:
         needs["memory"] = options["memory"] * 1e9
@@ -134,7 +135,7 @@ def task(ray, options: dict):
 
 
 def work(command: list[str], folder: str, log: str) -> None:
-    """One run in a process of its own, which ends when Ray ends this one."""
+    """A worker in a process of its own, which ends when Ray ends this one."""
     with open(log, "ab") as file:
         process = subprocess.run(command, cwd=folder, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
     if process.returncode:

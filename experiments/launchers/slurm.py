@@ -30,7 +30,7 @@ PARAMETERS = {
     "signal_delay_s": (int, "the seconds between the warning and the end of a job"),
 }
 OPTIONS = PARAMETERS | {
-    "runs_per_job": (int, "the number of runs that a job does one after the other"),
+    "runs_per_job": (int, "the number of runs that a job does"),
     "requeues": (int, "how often a job that ran out of time is queued again"),
 }
 DEFAULTS = {"time": 60, "cpus_per_task": 1, "array_parallelism": 256, "signal_delay_s": 90}
