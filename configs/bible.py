@@ -41,7 +41,7 @@ PRESETS = {
         seconds=90,
     ),
     "reduced": dict(
-        steps=2_600,
+        steps=1_500,
         batch_size=16,
         seq_len=256,
         learning_rate=4e-3,

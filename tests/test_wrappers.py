@@ -1,6 +1,7 @@
 """Bidirectional and Stack; the contract itself is checked in test_contract.py."""
 
 import contextlib
+import functools
 import inspect
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from xlstm_jax import cells
+from xlstm_jax.cells import wrappers
 
 XS = jax.random.normal(jax.random.key(0), (3, 7, 4))
 
@@ -61,6 +63,28 @@ def test_a_pattern_changes_nothing_but_the_storage():
     zs, stacked = scanned(XS)
     np.testing.assert_allclose(zs, ys, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stacked[0].h, jnp.stack([s.h for s in state]), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_are_compiled_one_by_one_on_one_cpu_device_alone(monkeypatch):
+    layers = [cells.GRU(4, 4, rngs=nnx.Rngs(seed)) for seed in range(3)]
+    graphdef, params = nnx.split(cells.Stack(layers, pattern=["gru"] * 3))
+
+    def loss(params, xs):
+        return (nnx.merge(graphdef, params)(xs)[0] ** 2).sum()
+
+    def unrolled():
+        program = jax.make_jaxpr(lambda *args: loss(*args))(params, XS)
+        scans = [eqn.params for eqn in program.eqns if eqn.primitive.name == "scan"]
+        return [scan["unroll"] for scan in scans if scan["length"] == 3]
+
+    looped = jax.grad(loss)(params, XS)
+    assert unrolled() == [1]  # the tests' 8 devices
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
+        assert unrolled() == [3]
+        same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+        jax.tree.map(same, jax.grad(loss)(params, XS), looped)
+        monkeypatch.setattr(wrappers, "UNROLLED", 2)
+        assert unrolled() == [1]
 
 
 @contextlib.contextmanager

@@ -69,7 +69,8 @@ class HeadwiseLinear(nnx.Module):
         if H == 1:
             y = x @ kernel[0]
         else:
-            y = jnp.einsum("bthe,hef->bthf", x.reshape(*x.shape[:-1], H, E), kernel).reshape(x.shape)
+            heads = jnp.swapaxes(x.reshape(-1, H, E), 0, 1)  # heads first, so that no gradient has an order of its own
+            y = jnp.swapaxes(jnp.matmul(heads, kernel), 0, 1).reshape(x.shape)
         return y if self.bias is None else y + self.bias[...].astype(dtype)[None, None]
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from ..kernels import local
+from ..kernels.choice import target
 from ..names import unknown
 from ..regularizers import check_rates, dropout, split
 from ..sharding import gathered
@@ -29,6 +30,9 @@ REMAT = {  # of each layer, the cheapest first
     "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all but products with weights
     "layer": jax.checkpoint_policies.nothing_saveable,  # all but its inputs
 }
+
+
+UNROLLED = 8
 
 
 class BidirectionalState(NamedTuple):
@@ -104,7 +108,8 @@ class Stack(Cell):
     """Layers one after another, with residual connections and dropout between them if asked for.
 
     pattern: one kind a layer, equal kinds having parameters of equal shapes; the group that repeats is then stored
-    stacked and run by one `lax.scan`, compiled once, and its states have a leading axis of repeats.
+    stacked and run by one `lax.scan`, compiled once, and its states have a leading axis of repeats. On one CPU device
+    up to `UNROLLED` repeats are compiled each: there the loop's copies of what the backward pass needs cost more.
     """
 
     def __init__(
@@ -224,7 +229,9 @@ class Stack(Cell):
         inputs = (params, state, keys)
         first = jax.tree.map(lambda a: a[0], inputs)
         dtype = jax.eval_shape(body, xs, first)[0].dtype  # layers may compute in another dtype than the inputs'
-        return jax.lax.scan(body, xs.astype(dtype), inputs)
+        here = target()
+        unrolled = here.platform == "cpu" and here.devices == 1 and self.repeats <= UNROLLED
+        return jax.lax.scan(body, xs.astype(dtype), inputs, unroll=self.repeats if unrolled else 1)
 
 
 def smallest_period(pattern: tuple[str, ...]) -> int:

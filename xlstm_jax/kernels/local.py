@@ -61,8 +61,7 @@ def columns(layer: Any, xs: Float[Array, "B T D"], widths: tuple[int, ...]) -> t
     """
     starts = [sum(widths[:n]) for n in range(len(widths) + 1)]
     if sizes().get("tensor", 1) == 1:
-        ys = layer(xs)
-        return tuple(ys[..., a:b] for a, b in zip(starts, starts[1:]))
+        return tuple(jnp.split(layer(xs), starts[1:-1], axis=-1))  # the gradients of slices would be padded and added
     dtype = layer.dtype or jnp.promote_types(xs.dtype, layer.kernel.dtype)
     parts = []
     for start, stop in zip(starts, starts[1:]):

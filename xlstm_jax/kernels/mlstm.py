@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
@@ -239,7 +240,8 @@ def _chunks(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
     given = None if reset is None else (finite_m, last(jnp.broadcast_to(carried, old.shape)))
     (C_last, n_last), (C, n, sound) = jax.lax.scan(pass_memory, state[:2], (last(old), C_own, n_own, given))
     P = jnp.einsum("nbhtk,nbhjk->nbhtj", q, k, preferred_element_type=m.dtype) * weight
-    num = old[..., None] * jnp.einsum("nbhtk,nbhkv->nbhtv", q, C) + jnp.einsum("nbhtj,nbhjv->nbhtv", P, v)
+    num = jnp.einsum("nbhtk,nbhkv->nbhtv", old[..., None] * q, C) + jnp.einsum("nbhtj,nbhjv->nbhtv", P, v)
+    num = checkpoint_name(num, KEPT)
     den = old * jnp.einsum("nbhtk,nbhk->nbht", q, n) + P.sum(axis=-1)
     h = _normalised(num, den, m_all, normalize, eps)
     if reset is not None:
@@ -247,6 +249,7 @@ def _chunks(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
     return MLSTMState(C_last, n_last, m_last), h
 
 
+KEPT = "numerator"  # of the outputs, for the backward pass: the other products of a chunk have no use there but this
 AT_ONCE = 2**19  # numbers in the matrices of pairs of the chunks that are worked on at once
 
 
@@ -281,7 +284,8 @@ def _chunkwise(inputs, state, chunk_size, options):
         state, h = run(state, jax.tree.map(lambda a: a[0], parts))
         h = h[None]
     else:
-        state, h = jax.lax.scan(jax.checkpoint(run), state, parts)
+        kept = jax.checkpoint_policies.save_only_these_names(KEPT)
+        state, h = jax.lax.scan(jax.checkpoint(run, policy=kept), state, parts)
     return jnp.moveaxis(h, (0, 1), (2, 3)).reshape(B, H, groups * N * L, -1)[:, :, :T], state
 
 
