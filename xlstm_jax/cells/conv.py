@@ -20,13 +20,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ..initializers import per_gate
+from ..kernels.recurrent import Maps
 from .arguments import is_integer
 from .gru import GRU
 from .lstm import LSTM
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(Maps):
     """The linear maps of a convolutional cell: W (*kernel, C_in, G, D) and R (*kernel, D, G, D)."""
 
     strides: tuple[int, ...]

@@ -45,8 +45,16 @@ Gates = tuple[Array, ...]  # (B, ..., D) each
 Rule = Callable[..., tuple[State, Array]]
 
 
+class Maps:
+    """The linear maps of a cell: `project` and `product`."""
+
+    def pull(self, R: Array, like: Array) -> Callable[[Array], Array]:
+        """The transposed map of h -> `product(h, R)`, for an h like this."""
+        return lambda d_r: jax.linear_transpose(lambda h: self.product(h, R), like)(d_r)[0]
+
+
 @dataclass(frozen=True)
-class Dense:
+class Dense(Maps):
     """The linear maps of a dense cell: W (D_in, G, D), and R (N, E, G, F), block-diagonal over N heads."""
 
     def project(self, xs: Float[Array, "T B D_in"], W: Array, dtype: DTypeLike) -> Float[Array, "T B G D"]:
@@ -65,6 +73,15 @@ class Dense:
         h_heads = h.astype(R.dtype).reshape(*lead, N, E)
         r = jnp.einsum("...ne,negf->...gnf", h_heads, R, preferred_element_type=h.dtype)
         return r.reshape(*lead, G, N * F)
+
+    def pull(self, R: Float[Array, "N E G F"], like: Float[Array, "*M D"]) -> Callable[[Array], Array]:
+        """That of one head with R turned before the loop, as XLA on a CPU turns it at each step."""
+        if R.shape[0] > 1:
+            return super().pull(R, like)
+        turned = R.reshape(R.shape[1], -1).T
+        return lambda d_r: jnp.matmul(
+            d_r.reshape(*like.shape[:-1], -1).astype(R.dtype), turned, preferred_element_type=like.dtype
+        )
 
 
 class Weights(NamedTuple):
@@ -101,6 +118,10 @@ class Spec(NamedTuple):
     def product(self, h: Array, R: Array) -> Array:
         """h R in the compute dtype; the cast is here so that gradients of R are summed in R's own dtype."""
         return self.maps.product(h, R.astype(self.dtype))
+
+    def pull(self, R: Array, like: Array) -> Callable[[Array], Array]:
+        """Gradients of the shares to that of an h like this."""
+        return self.maps.pull(R.astype(self.dtype), like)
 
 
 def recurrent(
@@ -464,7 +485,8 @@ def _chunks_backward(spec, L, residuals, cotangents):
         linear = jax.vmap(lambda kept, given: linearised(spec, weights, kept, given, scale))  # all steps at once
         pull, pull_inner, v = jax.lax.optimization_barrier(linear(kept, part))
         added_all = len(kept.r) == len(kept.x) and all(share is None for share in kept.r)
-        v_step = None if v is None else jax.ShapeDtypeStruct(v.shape[1:], v.dtype)
+        pull_R = spec.pull(weights.R, d_state.h)
+        pull_S = None if v is None else spec.pull(weights.S, v[0])
 
         def reverse_step(carry, inputs):
             d_state, d_params = carry
@@ -472,11 +494,10 @@ def _chunks_backward(spec, L, residuals, cotangents):
             dx, dr, du, d_state, dp = pull((d_state, d_y))
             if weights.S is not None:
                 du = stack(du)
-                d_v = jax.linear_transpose(lambda v: spec.product(v, weights.S), v_step)(du)[0]
-                dx, dr, d_state, dp = jax.tree.map(jnp.add, (dx, dr, d_state, dp), pull_inner(d_v))
+                dx, dr, d_state, dp = jax.tree.map(jnp.add, (dx, dr, d_state, dp), pull_inner(pull_S(du)))
             own = iter(dr)
             dr = tuple(dx[n] if share is None else next(own) for n, share in enumerate(kept.r))
-            d_h = jax.linear_transpose(lambda h: product(h, weights.R), d_state.h)(stack(dr))[0]
+            d_h = scaled(pull_R(stack(dr)), scale)
             d_state = emptied(reset, d_state._replace(h=d_state.h + d_h))
             return (d_state, jax.tree.map(jnp.add, d_params, dp)), (dx, None if added_all else dr, du)
 
