@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from xlstm_jax import cells
+from xlstm_jax import cells, models
 from xlstm_jax.kernels.choice import chosen_forms
 from xlstm_jax.kernels.memory import Bytes, fitting
 from xlstm_jax.kernels.mlstm import mlstm
@@ -14,10 +14,10 @@ RECURRENT = cells.MLSTM(16, 8, form="recurrent", memory_budget=10**9, rngs=nnx.R
 XS = jax.ShapeDtypeStruct((4, 96, 16), jnp.float32)
 
 
-def layer(make):
-    """A cell's outputs, a function of its parameters and XS."""
+def layer(make, xs=XS):
+    """A cell's outputs, a function of its parameters and xs."""
     graphdef, params = nnx.split(nnx.eval_shape(make))
-    return lambda params, xs: nnx.merge(graphdef, params)(xs)[0], (params, XS)
+    return lambda params, xs: nnx.merge(graphdef, params)(xs)[0], (params, xs)
 
 
 def memory():
@@ -68,3 +68,12 @@ def test_a_budget_that_nothing_fits_or_that_no_form_reads():
     for cell in (cells.GRU(16, 8, form="scan", memory_budget=10**9, rngs=nnx.Rngs(0)), RECURRENT):
         with pytest.raises(ValueError, match=f"memory_budget is for .*, which chooses by it, and not .*'{cell.form}'"):
             jax.eval_shape(cell, XS)
+
+
+@pytest.mark.parametrize("backbone", ["lstm_block", "xlstm[1:1]", "xlstm_large"])
+def test_layers_of_a_model_choose_by_it(backbone):
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    options = dict(backbone=backbone, dim=32, num_layers=2, memory_budget=10**9)
+    function, arguments = layer(lambda: models.LM(5, **options, rngs=nnx.Rngs(0)), tokens)
+    chosen = chosen_forms(function, *arguments)
+    assert chosen and all("; chunks of 16" in choice.reason for choice in chosen)

@@ -20,6 +20,7 @@ from .cells.slstm import SLSTM, SLSTMState
 from .initializers import Initializer, initializer, small_init, wang_init
 from .kernels import local
 from .kernels import mlstm as mlstm_kernel
+from .kernels.memory import check_budget
 from .layers import CausalConv, HeadwiseLinear, Norm, round_up
 from .regularizers import check_rates, dropout, split
 
@@ -108,6 +109,7 @@ class MLSTMLayer(Cell):
         num_blocks: int = 1,
         form: str = "chunkwise",
         chunk_size: int = 64,
+        memory_budget: int | float | str | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -122,7 +124,8 @@ class MLSTMLayer(Cell):
                 raise ValueError(f"{name}={width} must divide the inner width {inner}")
         self.in_features = self.features = features
         self.inner, self.num_heads = inner, num_heads
-        self.form, self.chunk_size, self.param_dtype = form, chunk_size, param_dtype
+        check_budget(memory_budget)
+        self.form, self.chunk_size, self.memory_budget, self.param_dtype = form, chunk_size, memory_budget, param_dtype
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         small = dict(use_bias=use_bias, kernel_init=small_init(features), **shared)
         self.up = nnx.Linear(features, 2 * inner, **small)
@@ -169,6 +172,7 @@ class MLSTMLayer(Cell):
             memory,
             form=self.form,
             chunk_size=self.chunk_size,
+            memory_budget=self.memory_budget,
             mask=mask,
             reset=reset,
         )
@@ -200,6 +204,7 @@ class SLSTMLayer(Cell):
         recurrent_init: Initializer | str = "zeros",
         form: str = "fused",
         chunk_size: int = 64,
+        memory_budget: int | float | str | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -215,6 +220,7 @@ class SLSTMLayer(Cell):
             forget_bias=f"powerlaw({block}, {num_blocks})",
             form=form,
             chunk_size=chunk_size,
+            memory_budget=memory_budget,
             **shared,
         )
         self.conv = CausalConv(features, conv_width, **shared) if conv_width else None

@@ -12,6 +12,7 @@ from .cells.mlstm import MLSTM, gate
 from .initializers import Initializer, initializer, small_init, wang_init
 from .kernels import local
 from .kernels import mlstm as kernel
+from .kernels.memory import check_budget
 from .kernels.mlstm import MLSTMState
 from .layers import Norm, soft_cap
 
@@ -43,6 +44,7 @@ class MLSTMLargeLayer(Cell):
         num_blocks: int = 1,
         form: str = "chunkwise",
         chunk_size: int = 64,
+        memory_budget: int | float | str | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -56,7 +58,8 @@ class MLSTMLargeLayer(Cell):
         self.in_features = self.features = features
         self.num_heads, self.qk_features, self.v_features = num_heads, qk_features, v_features
         self.gate_cap, self.input_gate, self.normalize, self.eps = gate_cap, input_gate, normalize, eps
-        self.form, self.chunk_size, self.param_dtype = form, chunk_size, param_dtype
+        check_budget(memory_budget)
+        self.form, self.chunk_size, self.memory_budget, self.param_dtype = form, chunk_size, memory_budget, param_dtype
         shared = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         small, zeros = small_init(features), jax.nn.initializers.zeros
         self.qkv = nnx.Linear(features, 2 * qk_features + v_features, kernel_init=small, **shared)
@@ -90,6 +93,7 @@ class MLSTMLargeLayer(Cell):
             *(q, k, v, i, f, self.initial_state(B) if state is None else state),
             form=self.form,
             chunk_size=self.chunk_size,
+            memory_budget=self.memory_budget,
             input_gate=self.input_gate,
             normalize=self.normalize,
             eps=self.eps,
