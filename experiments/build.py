@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from xlstm_jax import attention, blocks, cells, models, optim, precision, tasks, train
+from xlstm_jax.kernels import choice
 from xlstm_jax.names import unknown
 
 KINDS = ("tagger", "lm", "features")  # features: real inputs in place of tokens
@@ -132,6 +133,17 @@ def abstract_model(plain: dict[str, Any], task) -> tuple[nnx.GraphDef, PyTree]:
     with _about("model"):
         jax.eval_shape(apply, shapes, inputs)
     return graphdef, shapes
+
+
+def chosen_forms(graphdef: nnx.GraphDef, shapes: PyTree, inputs: jax.ShapeDtypeStruct) -> list[str]:
+    """The forms that the model's cells run for such inputs, each with its reason, for the record of a run."""
+
+    def apply(params, inputs):
+        return nnx.merge(graphdef, params)(inputs, key=jax.random.key(0))[0]
+
+    return list(
+        dict.fromkeys(f"{chosen.form}: {chosen.reason}" for chosen in choice.chosen_forms(apply, shapes, inputs))
+    )
 
 
 def build_optimizer(plain: dict[str, Any]):

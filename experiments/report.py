@@ -22,7 +22,7 @@ from xlstm_jax import metrics
 PAGE = Path(__file__).with_name("report_page.html")
 POINTS = 400  # of one curve; longer ones are thinned
 SPEEDS = ("tokens_per_second", "serial_steps_per_second", "flops_per_second", "mfu")
-ENVIRONMENT = ("versions", "commit", "device", "precision", "data_hash")
+ENVIRONMENT = ("versions", "commit", "device", "precision", "forms", "data_hash")
 
 
 def collect(workdir: Path) -> list[dict[str, Any]]:

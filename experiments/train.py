@@ -28,6 +28,7 @@ from experiments.build import (
     build_model,
     build_optimizer,
     build_task,
+    chosen_forms,
     flatten,
     resolve,
     step_options,
@@ -69,8 +70,10 @@ def run(
         return found
     use_compilation_cache()
     environment["precision"] |= recorded_dtypes(plain)
-    shape = jax.eval_shape(lambda: task.batch("train", 0, 0, plain["batch_size"])).inputs.shape
-    work = flops.work(nnx.merge(graphdef, shapes), shape[1], jax.devices()[: 1 if mesh is None else mesh.size])
+    inputs = jax.eval_shape(lambda: task.batch("train", 0, 0, plain["batch_size"])).inputs
+    with sharding.use(mesh):
+        environment["forms"] = chosen_forms(graphdef, shapes, inputs)
+    work = flops.work(nnx.merge(graphdef, shapes), inputs.shape[1], jax.devices()[: 1 if mesh is None else mesh.size])
     record = {"id": workdir.name, "config": plain} | environment | {"data_hash": data_hash}
     stored = None if mesh is None else sharding.parameter_shardings(nnx.merge(graphdef, shapes), mesh)
     params = jax.jit(lambda seed: nnx.split(build_model(plain, task, seed))[1], out_shardings=stored)(plain["seed"])

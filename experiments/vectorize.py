@@ -26,6 +26,7 @@ from experiments.build import (
     build_model,
     build_optimizer,
     build_task,
+    chosen_forms,
     resolve,
 )
 from experiments.planning import Run, Sweep
@@ -124,13 +125,15 @@ def together(
     first, task = plains[0], build_task(plains[0])
     for plain in plains:
         build_optimizer(plain)
-    graphdef, _ = abstract_model(first, task)
+    graphdef, shapes = abstract_model(first, task)
     data_hash = getattr(task, "data_hash", None)
     folders = [Path(folder).absolute() for folder in folders]
     found = [check_workdir(folder, plain, data_hash) for folder, plain in zip(folders, plains)]
     use_compilation_cache()
     environment = metrics.environment()
     environment["precision"] |= recorded_dtypes(first)
+    inputs = jax.eval_shape(lambda: task.batch("train", 0, 0, first["batch_size"])).inputs
+    environment["forms"] = chosen_forms(graphdef, shapes, inputs)
     initial = jax.jit(lambda seed: nnx.split(build_model(first, task, seed))[1])
     members, places = [], [index for index, row in enumerate(found) if row is None]
     for index in places:

@@ -322,11 +322,13 @@ def test_run_row_repeat_and_another_config(tmp_path, no_cache):
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
-def test_precision_is_recorded_and_another_format_refused(tmp_path, no_cache):
+def test_precision_and_forms_are_recorded_and_another_format_refused(tmp_path, no_cache):
     run = tmp_path / "run"
-    changed = config(precision="bfloat16", ema=0.9, accumulate=2, on_bad_step="skip", spike=5, keep_every=10)
+    steps = dict(ema=0.9, accumulate=2, on_bad_step="skip", spike=5, keep_every=10)
+    changed = config(precision="bfloat16", model__form="auto", **steps)
     script.run(changed, run, progress=False, profile=2)
     record = json.loads((run / "config.json").read_text())
+    assert record["forms"] == ["fused: the kernels are for TPUs and GPUs, and this program is for a cpu"]
     assert record["precision"].items() >= {"dtype": "bfloat16", "param_dtype": "float32"}.items()
     assert sorted(int(p.name) for p in (run / "checkpoints").iterdir()) == [10, 15, 20]
     assert any(path.is_file() for path in (run / "profile").rglob("*"))
