@@ -6,7 +6,7 @@
     --quick                    small sizes, few rounds, rows into runs/bench: to see it work
     --rounds=15 --seconds=10   samples of each program, and how long one may be sampled
     --out=results/bench        rows, one file a suite
-    --report                   writes docs/speed.md and speed.png from all rows there (alone: without timing anything)
+    --report                   the tables of docs/speed.md, and speed.png, of all rows there (alone: times nothing)
 
 All contenders of a case run in turn in one process, and ratios are taken within the run only. The gradients of each of
 our forms are checked against autodiff of the plain form in float64 in the same run; the exit code is 1 if one fails.

@@ -8,22 +8,14 @@ from typing import Any
 from experiments.benchmarks import record
 from experiments.benchmarks.cases import SUITES
 from experiments.benchmarks.record import BOUND, DEFAULT, OURS
+from experiments.formats import between_marks
 from xlstm_jax.metrics import write_atomically
 
 PAGE, PICTURE = "speed.md", "speed.png"
 GROWTH = ("mlstm-1x1024x4x64x64", "mlstm-1x8192x4x64x64", 9.0)  # short, long, at most this many times as long
 COLOURS = {"ours": "#24527a", "form": "#9db8cf", "target": "#c8471e", "products": "#3b8a55"}
 Row = dict[str, Any]
-INTRODUCTION = """# Speed
-
-`python -m experiments.bench --suite=NAME` times our forms and the other libraries that are installed in turn, in one
-process, and adds to the rows in `results/bench/`; `python -m experiments.bench --report` makes this page from them.
-Times are medians over the rounds (quartiles in brackets), ratios are taken within one run, and a target is a share of
-the fastest other's time. "Ours" is what a cell does without being asked for a form. Products alone: the case's matrix
-products, the recurrent ones one after another, and nothing else. Temporary memory is what the compiler sets aside
-beside arguments and results. The gradients of every form are checked against autodiff of the plain form in float64 in
-the same run.
-"""
+EMPTY = "# Speed\n\n<!-- bench -->\n<!-- /bench -->\n"  # the page is text around these marks
 SUMMARY = (
     "case",
     "pass",
@@ -193,7 +185,7 @@ def span(machines: list[dict], field: str) -> str:
 
 def page(rows: list[Row]) -> str:
     """One section a device."""
-    parts = [INTRODUCTION, f"\n![Ratios and roofline]({PICTURE})\n"]
+    parts = [f"![Ratios and roofline]({PICTURE})\n"]
     for name in dict.fromkeys(map(device_name, rows)):
         here = [row for row in rows if device_name(row) == name]
         machines = [row["machine"] for row in here]
@@ -215,12 +207,14 @@ def page(rows: list[Row]) -> str:
 
 
 def write(out: Path, docs: Path) -> None:
-    """Both files in `docs`, from all rows in `out`."""
+    """The picture in `docs` and what stands between the page's marks, from all rows in `out`."""
     rows = [row for suite in SUITES for row in record.read(out, suite)]
     if not rows:
         raise ValueError(f"{out} holds no rows: run --suite=NAME first")
+    file = docs / PAGE
+    text = between_marks(file.read_text(encoding="utf-8") if file.exists() else EMPTY, "bench", page(rows))
     draw(rows, docs / PICTURE)
-    write_atomically(docs / PAGE, page(rows))
+    write_atomically(file, text)
 
 
 def draw(rows: list[Row], file: Path) -> None:

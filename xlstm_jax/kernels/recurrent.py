@@ -272,8 +272,13 @@ def unstack(gates: Array) -> Gates:
 
 
 def stack(gates: Gates) -> Array:
-    """The inverse of `unstack`."""
-    return jnp.stack(gates, axis=-2)
+    """The inverse of `unstack`; on a CPU written gate by gate, as XLA there does not vectorise what it concatenates."""
+    if target().platform != "cpu":
+        return jnp.stack(gates, axis=-2)
+    stacked = jnp.empty((*gates[0].shape[:-1], len(gates), gates[0].shape[-1]), gates[0].dtype)
+    for n, gate in enumerate(gates):
+        stacked = stacked.at[..., n, :].set(gate)
+    return stacked
 
 
 def select(keep: Bool[Array, "*M"] | None, new: State, old: State) -> State:
