@@ -51,7 +51,8 @@ def free_address() -> str:
 
 def variables(devices: int) -> dict[str, str]:
     """The environment of a process with so many CPU devices."""
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # as in conftest.py
+    flags += " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
     return {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",

@@ -48,7 +48,7 @@ def make(name, width=D, **options):
 
 
 def noise(*shape):
-    return jax.random.normal(jax.random.key(1), shape, jnp.float64)
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape))
 
 
 def elman(scale):
@@ -60,11 +60,20 @@ def last_output(ys):
     return jnp.sum(ys[:, -1] * jnp.arange(1.0, 1 + ys.shape[-1])[None])
 
 
+def compiled(function, cell, xs, *rest):
+    """function(cell, xs, *rest) as one program: step by step it is a hundred."""
+    return jax.jit(lambda xs: function(cell, xs, *rest))(xs)
+
+
+def norms_of(cell, xs):
+    return analysis.gradient_norms(analysis.state_gradients(cell, xs, last_output))
+
+
 @pytest.mark.parametrize("name", ["lstm", "slstm", "mlstm"])
 def test_state_gradients_are_products_of_jacobians(x64, name):
     cell, xs = make(name, form={"mlstm": "recurrent"}.get(name, "scan"), num_heads=2), noise(B, T, 3)
-    gradients = analysis.state_gradients(cell, xs, last_output)
-    got = jnp.concatenate([gradients[field].reshape(B, T, -1) for field in cell.initial_state(1)._fields], axis=-1)
+    gradients = compiled(analysis.state_gradients, cell, xs, last_output)
+    got = np.concatenate([np.reshape(gradients[field], (B, T, -1)) for field in cell.initial_state(1)._fields], axis=-1)
 
     jacobian, step = jax.jit(analysis.state_jacobian), jax.jit(lambda cell, x, state: cell.step(x, state))
     states, jacobians = [cell.initial_state(B)], []
@@ -72,10 +81,10 @@ def test_state_gradients_are_products_of_jacobians(x64, name):
         jacobians.append(jacobian(cell, xs[:, t : t + 1], states[t]))
         states.append(step(cell, xs[:, t], states[t])[1])
     last = jax.jit(jax.grad(lambda state: last_output(cell.step(xs[:, -1], state)[0][:, None])))(states[-2])
-    want = jnp.concatenate([leaf.reshape(B, -1) for leaf in last], axis=-1)
+    want = np.concatenate([np.reshape(leaf, (B, -1)) for leaf in last], axis=-1)
     for t in reversed(range(T)):
         np.testing.assert_allclose(got[:, t], want, rtol=1e-10, atol=1e-12)
-        want = jnp.einsum("bi,bij->bj", want, jacobians[t - 1])
+        want = np.einsum("bi,bij->bj", want, jacobians[t - 1])
     if name == "lstm":  # and over a span
         whole = jacobians[3] @ jacobians[2] @ jacobians[1] @ jacobians[0]
         np.testing.assert_allclose(jacobian(cell, xs), whole, rtol=1e-10, atol=1e-12)
@@ -84,21 +93,21 @@ def test_state_gradients_are_products_of_jacobians(x64, name):
 def test_vanishing(x64):
     """|J| <= 0.5 |tanh'| <= 0.5, so k steps back at most 0.5^k is left; no singular value is above 0.5."""
     cell, xs = elman(0.5), noise(B, 40, 3)
-    norms = analysis.gradient_norms(analysis.state_gradients(cell, xs, last_output))["state"]
+    norms = np.asarray(compiled(norms_of, cell, xs)["state"])
     assert np.all(norms[:, :-1] <= 0.5 * norms[:, 1:])
     assert np.all(norms[:, 0] <= 0.5**40 * np.linalg.norm(np.arange(1, 9))) and np.all(norms > 0)
     spectrum = analysis.state_jacobian_spectrum(cell, xs[:, :1])
     assert spectrum.singular_values.shape == (B, 8) and spectrum.singular_values.max() <= 0.5 + 1e-12
     assert np.all(spectrum.eigenvalue_moduli[:, 0] <= spectrum.singular_values[:, 0] + 1e-12)
-    assert np.all(analysis.lyapunov_exponents(cell, xs) <= math.log(0.5) + 1e-12)
+    assert np.all(compiled(analysis.lyapunov_exponents, cell, xs) <= math.log(0.5) + 1e-12)
 
 
 def test_exploding(x64):
     """While |h| < e, each step stretches every direction by at least 2 (1 - e^2)."""
     cell, xs = elman(2.0), 1e-9 * noise(B, 20, 3)
-    largest = float(jnp.max(jnp.abs(cell(xs)[0])))
+    norms, ys = jax.jit(lambda xs: (norms_of(cell, xs)["h"], cell(xs)[0]))(xs)
+    norms, largest = np.asarray(norms), np.abs(ys).max()
     assert largest < 0.01  # the linear regime
-    norms = analysis.gradient_norms(analysis.state_gradients(cell, xs, last_output))["h"]
     assert np.all(norms[:, :-1] >= 2 * (1 - largest**2) * norms[:, 1:])
     assert np.all(norms[:, 0] >= 1.99**19 * norms[:, -1])
 
@@ -108,11 +117,12 @@ def test_the_lstm_keeps_what_its_forget_gate_keeps(x64):
     xs, kept = noise(B, 100, 3), {}
     for bias in (0.0, 10.0):
         cell = make("lstm", recurrent_init="zeros", forget_bias=bias, form="scan")
-        gradient, log_f = analysis.state_gradients(cell, xs, last_output)["c"], analysis.log_forget(cell, xs)
+        gradient = np.asarray(compiled(analysis.state_gradients, cell, xs, last_output)["c"])
+        log_f = np.asarray(compiled(analysis.log_forget, cell, xs))
         kept[bias] = gradient / gradient[:, -1:]
-        product = jnp.exp(jnp.cumsum(log_f[:, -2::-1], axis=1)[:, ::-1])
+        product = np.exp(np.cumsum(log_f[:, -2::-1], axis=1)[:, ::-1])
         np.testing.assert_allclose(kept[bias][:, :-1], product, rtol=1e-9)
-    w = float(jnp.max(jnp.abs(xs @ cell.W[:, 1])))
+    w = np.abs(np.asarray(xs) @ np.asarray(cell.W[:, 1])).max()
     assert np.all(kept[10.0][:, 0] >= jax.nn.sigmoid(10 - w) ** 99) and np.all(
         kept[0.0][:, 0] <= jax.nn.sigmoid(w) ** 99
     )
@@ -120,17 +130,18 @@ def test_the_lstm_keeps_what_its_forget_gate_keeps(x64):
 
 
 def test_known_spectrum(x64):
-    A = jnp.diag(jnp.array([3.0, 0.5, 1e-3])) + jnp.zeros((3, 3)).at[0, 2].set(4.0)
+    A = jnp.asarray([[3.0, 0.0, 4.0], [0.0, 0.5, 0.0], [0.0, 0.0, 1e-3]])
     cell, xs = LinearCell(A), noise(B, 5, 3)
-    np.testing.assert_allclose(analysis.state_jacobian(cell, xs[:, :1]), jnp.stack([A, A]), rtol=1e-12)
+    np.testing.assert_allclose(compiled(analysis.state_jacobian, cell, xs[:, :1]), np.stack([A, A]), rtol=1e-12)
     for steps in (1, 5):
         spectrum, power = analysis.state_jacobian_spectrum(cell, xs[:, :steps]), np.linalg.matrix_power(A, steps)
         np.testing.assert_allclose(spectrum.singular_values[1], np.linalg.svd(power)[1], rtol=1e-9, atol=1e-12)
         moduli = [each**steps for each in (3.0, 0.5, 1e-3)]
         np.testing.assert_allclose(spectrum.eigenvalue_moduli[1], moduli, rtol=1e-9, atol=1e-12)
-    exponents = analysis.lyapunov_exponents(LinearCell(jnp.diag(jnp.array([0.5, 3.0, 1e-3]))), noise(B, 300, 3))
+    turned = LinearCell(jnp.asarray(np.diag([0.5, 3.0, 1e-3])))
+    exponents = compiled(analysis.lyapunov_exponents, turned, noise(B, 300, 3))
     np.testing.assert_allclose(exponents, np.tile(np.log([[3.0, 0.5, 1e-3]]), (B, 1)), rtol=1e-12)
-    gradients = analysis.state_gradients(cell, xs, last_output)
+    gradients = compiled(analysis.state_gradients, cell, xs, last_output)
     assert gradients.keys() == {"h"}  # the counter has no gradient
     want = np.arange(1.0, 4) @ np.linalg.matrix_power(A, 4)
     np.testing.assert_allclose(gradients["h"][1, 1], want, rtol=1e-12)
@@ -155,7 +166,7 @@ def test_rows_are_told_from_repeated_layers(x64):
 
 def test_gradients_of_a_token_model():
     model = models.Tagger(7, 5, backbone="gru", dim=8, num_layers=1, rngs=nnx.Rngs(0))
-    gradients = analysis.state_gradients(model, jnp.ones((B, T), int), last_output)
+    gradients = compiled(analysis.state_gradients, model, jnp.ones((B, T), int), last_output)
     assert [gradient.shape for gradient in gradients.values()] == [(B, T, 8)]
 
 
@@ -168,16 +179,23 @@ def test_gate_preactivations(x64, name, gate, sign):
         make(name, **({"num_heads": 2, "recurrent_init": "orthogonal"} if name == "slstm" else {})),
         noise(B, T, 3),
     )
-    h = jnp.concatenate([jnp.zeros((B, 1, D)), cell(xs)[0][:, :-1]], axis=1)
+
+    @jax.jit
+    def run(xs):
+        late = analysis.gate_preactivations(cell, xs[:, 1:], cell(xs[:, :1])[1])
+        return cell(xs)[0], analysis.gate_preactivations(cell, xs), analysis.log_forget(cell, xs), late
+
+    ys, found, log_f, late = run(xs)
+    h = np.concatenate([np.zeros((B, 1, D)), ys[:, :-1]], axis=1)
     n = cell.gates.index(gate)
     N = cell.num_heads
-    recurrent = jnp.concatenate([h[..., k * D // N : (k + 1) * D // N] @ cell.R[k, :, n] for k in range(N)], axis=-1)
-    want = xs @ cell.W[:, n] + recurrent + cell.b[n][None, None]
-    found = analysis.gate_preactivations(cell, xs)
+    W, R, b = (np.asarray(leaf[...]) for leaf in (cell.W, cell.R, cell.b))
+    recurrent = np.concatenate([h[..., k * D // N : (k + 1) * D // N] @ R[k, :, n] for k in range(N)], axis=-1)
+    want = np.asarray(xs) @ W[:, n] + recurrent + b[n]
     np.testing.assert_allclose(found[gate], want, rtol=1e-10, atol=1e-12)
     assert not {"n", "h"} & found.keys() and ("z" in found) == (name == "gru")
-    np.testing.assert_allclose(jnp.exp(analysis.log_forget(cell, xs)), jax.nn.sigmoid(sign * want), rtol=1e-10)
-    np.testing.assert_allclose(analysis.gate_preactivations(cell, xs[:, 1:], cell(xs[:, :1])[1])[gate], want[:, 1:])
+    np.testing.assert_allclose(np.exp(log_f), sigmoid(sign * want), rtol=1e-10)
+    np.testing.assert_allclose(late[gate], want[:, 1:])
 
 
 def sigmoid(a):
@@ -220,22 +238,23 @@ def test_gates_of_an_lstm_with_options(x64, options):
             weight = getattr(cell, name)
             weight[...] = jax.random.normal(jax.random.key(n), weight.shape)
     want = lstm_gates(cell, xs, options.get("gate_clip", np.inf), options.get("zoneout", 0.0))
-    found = analysis.gate_preactivations(cell, xs)
+    found = compiled(analysis.gate_preactivations, cell, xs)
     assert found.keys() == {"i", "f", "o"}
     for name, a in zip("ifo", want):
         np.testing.assert_allclose(found[name], a, rtol=1e-9, atol=1e-11)
-    np.testing.assert_allclose(jnp.exp(analysis.log_forget(cell, xs)), sigmoid(want[1]), rtol=1e-9)
+    np.testing.assert_allclose(np.exp(compiled(analysis.log_forget, cell, xs)), sigmoid(want[1]), rtol=1e-9)
 
 
 def test_gates_of_linear_cells(x64):
     xs = noise(B, T, 3)
 
     def check(cell, want, keeps):
-        found = analysis.gate_preactivations(cell, xs)
-        assert found.keys() == want.keys() == analysis.gate_saturation(cell, xs).keys()
+        functions = analysis.gate_preactivations, analysis.gate_saturation, analysis.log_forget
+        found, saturation, log_f = jax.jit(lambda xs: [function(cell, xs) for function in functions])(xs)
+        assert found.keys() == want.keys() == saturation.keys()
         for gate, a in want.items():
             np.testing.assert_allclose(found[gate], a, rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(np.exp(analysis.log_forget(cell, xs)), keeps, rtol=1e-9)
+        np.testing.assert_allclose(np.exp(log_f), keeps, rtol=1e-9)
 
     def gate(cell, xs, n):
         return np.asarray(xs) @ np.asarray(cell.W[:, n]) + np.asarray(cell.b[n])
@@ -354,8 +373,10 @@ def test_figure_refuses(tmp_path, monkeypatch, capsys, flag, message):
 def test_a_task_asks_for_its_own_loss(x64):
     """Parity wants an answer at the last step alone: L is its cross-entropy there, without a gradient to others."""
     asked = gradient_flow.question(gradient_flow.Settings(steps=6, dim=3, batch=2, seed=0, task="parity"))
-    ys = jax.random.normal(jax.random.key(0), (2, asked.xs.shape[1], 3))
-    log_p = jax.nn.log_softmax(ys[:, -1] @ asked.head)
+    ys = np.random.default_rng(0).normal(size=(2, asked.xs.shape[1], 3))
+    logits = ys[:, -1] @ np.asarray(asked.head)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     want = -sum(log_p[row, asked.targets[row, -1]] for row in range(2))
-    np.testing.assert_allclose(asked.loss(ys), want, rtol=1e-12)
-    assert not jax.grad(asked.loss)(ys)[:, :-1].any()
+    loss, gradient = jax.jit(jax.value_and_grad(asked.loss))(ys)
+    np.testing.assert_allclose(loss, want, rtol=1e-12)
+    assert not np.asarray(gradient)[:, :-1].any()

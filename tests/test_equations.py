@@ -1,5 +1,7 @@
 """Cells beside their papers' equations, written out in numpy a step and a gate at a time; extreme and low precision."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,11 @@ def drawn(cell):
     graphdef, params = nnx.split(cell)
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.7), params)
     return nnx.merge(graphdef, params)
+
+
+def outputs(cell, xs):
+    """By one compiled program."""
+    return jax.jit(lambda xs: cell(xs)[0])(jnp.asarray(xs))
 
 
 def loop(step, cell, x, *state):
@@ -76,7 +83,7 @@ def test_search_space_odyssey(x64, variant):
     options, changes = ODYSSEY[variant]
     cell = drawn(cells.LSTM(3, 4, rngs=nnx.Rngs(0), param_dtype=jnp.float64, **{"peephole": True} | options))
     want = loop(lstm_step(cell, **changes), cell, XS, np.zeros((2, 4)), np.zeros((2, 4)))
-    np.testing.assert_allclose(cell(jnp.asarray(XS))[0], want, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(outputs(cell, XS), want, rtol=1e-10, atol=1e-12)
 
 
 def test_full_gate_recurrence(x64):
@@ -94,7 +101,7 @@ def test_full_gate_recurrence(x64):
 
     zero = np.zeros((2, 4))
     want = loop(step, cell, XS, (zero,) * 3, zero, zero)
-    np.testing.assert_allclose(cell(jnp.asarray(XS))[0], want, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(outputs(cell, XS), want, rtol=1e-10, atol=1e-12)
 
 
 def test_layer_norm_lstm(x64):
@@ -112,7 +119,7 @@ def test_layer_norm_lstm(x64):
         return c, sigmoid(o) * np.tanh(norm(c) * np.asarray(cell.gain_c[...]) + np.asarray(cell.bias_c[...]))
 
     want = loop(step, cell, XS, np.zeros((2, 4)), np.zeros((2, 4)))
-    np.testing.assert_allclose(cell(jnp.asarray(XS))[0], want, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(outputs(cell, XS), want, rtol=1e-9, atol=1e-10)
 
 
 def test_mgu_follows_the_paper(x64):
@@ -124,7 +131,7 @@ def test_mgu_follows_the_paper(x64):
         f = sigmoid(pre(x, "f") + h @ U_f)
         return ((1 - f) * h + f * np.tanh(pre(x, "n") + (f * h) @ U_h),)
 
-    np.testing.assert_allclose(cell(jnp.asarray(XS))[0], loop(step, cell, XS, np.zeros((2, 4))), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(outputs(cell, XS), loop(step, cell, XS, np.zeros((2, 4))), rtol=1e-10, atol=1e-12)
 
 
 def test_janet_follows_the_paper(x64):
@@ -135,17 +142,17 @@ def test_janet_follows_the_paper(x64):
         s = pre(x, "f") + rec(h, "f")
         return (sigmoid(s) * h + (1 - sigmoid(s - 0.7)) * np.tanh(pre(x, "z") + rec(h, "z")),)
 
-    np.testing.assert_allclose(cell(jnp.asarray(XS))[0], loop(step, cell, XS, np.zeros((2, 4))), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(outputs(cell, XS), loop(step, cell, XS, np.zeros((2, 4))), rtol=1e-10, atol=1e-12)
 
 
 def test_conv_gru_at_a_kernel_of_one_is_a_gru_at_each_place(x64):
     conv = drawn(cells.ConvGRU(3, 4, (1,), param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
     gru = cells.GRU(3, 4, reset_after=False, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     gru.W[...], gru.R[...], gru.S[...], gru.b[...] = conv.W[0], conv.R[...], conv.S[...], conv.b[...]
-    xs = jnp.asarray(rng.normal(size=(2, 5, 6, 3)))
-    ys, _ = conv(xs)
+    xs = rng.normal(size=(2, 5, 6, 3))
+    ys, run = np.asarray(outputs(conv, xs)), jax.jit(lambda xs: gru(xs)[0])
     for place in range(6):
-        np.testing.assert_allclose(ys[:, :, place], gru(xs[:, :, place])[0], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(ys[:, :, place], run(jnp.asarray(xs[:, :, place])), rtol=1e-10, atol=1e-12)
 
 
 RULES = ["elman", "lstm", "peephole_lstm", "coupled_lstm", "layer_norm_lstm", "projected_lstm", "gru", "mgu", "janet"]
@@ -211,6 +218,14 @@ def test_gradients_of_weights_are_summed_in_float32(form):
         assert g.dtype == np.float32 and np.linalg.norm(g - w) < 2e-2 * np.linalg.norm(w)
 
 
+@functools.cache
+def by_steps(name):
+    """The cell in its scan form, and its step as a program that all examples share."""
+    options = dict(num_heads=2, recurrent_init="orthogonal", param_dtype=jnp.float64, form="scan")
+    cell = cells.CELLS[name](3, 4, rngs=nnx.Rngs(0), **options)
+    return cell, jax.jit(lambda x, state: cell.step(x, state))
+
+
 @settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_any_shape_any_mask(data):
@@ -221,20 +236,25 @@ def test_any_shape_any_mask(data):
     mask, reset = data.draw(flags), data.draw(flags)
     with jax.enable_x64(True):
         options = dict(num_heads=2, recurrent_init="orthogonal", param_dtype=jnp.float64, chunk_size=chunk)
-        fused, scan = (cells.CELLS[name](3, 4, form=f, rngs=nnx.Rngs(0), **options) for f in ("fused", "scan"))
-        xs = jnp.asarray(rng.normal(size=(B, T, 3)))
-        ys, last = fused(xs, mask=jnp.asarray(mask), reset=jnp.asarray(reset))
-        want, last_want = scan(xs, mask=jnp.asarray(mask), reset=jnp.asarray(reset))
+        fused = cells.CELLS[name](3, 4, form="fused", rngs=nnx.Rngs(0), **options)
+        scan, step = by_steps(name)
+        xs, cut = jnp.asarray(rng.normal(size=(B, T, 3))), data.draw(st.integers(0, T))
+
+        @jax.jit
+        def run(xs, mask, reset):
+            pieces, state = [], None
+            for part in (slice(0, cut), slice(cut, T)):
+                if part.start < part.stop:
+                    y, state = fused(xs[:, part], state, mask[:, part], reset[:, part])
+                    pieces.append(y)
+            whole = [cell(xs, mask=mask, reset=reset) for cell in (fused, scan)]
+            return (*whole, jnp.concatenate(pieces, axis=1))
+
+        (ys, last), (want, last_want), pieces = run(xs, jnp.asarray(mask), jnp.asarray(reset))
         np.testing.assert_allclose(ys, want, rtol=1e-12, atol=1e-12)
         assert np.all(np.asarray(ys)[~mask] == 0)
-        cut = data.draw(st.integers(0, T))
-        pieces, state = [], None
-        for part in (slice(0, cut), slice(cut, T)):
-            if part.start < part.stop:
-                y, state = fused(xs[:, part], state, jnp.asarray(mask[:, part]), jnp.asarray(reset[:, part]))
-                pieces.append(y)
-        np.testing.assert_allclose(np.concatenate(pieces, axis=1), ys, rtol=1e-12, atol=1e-12)
-        step, empty = jax.jit(lambda x, state: scan.step(x, state)), scan.initial_state(1)
+        np.testing.assert_allclose(pieces, ys, rtol=1e-12, atol=1e-12)
+        empty = scan.initial_state(1)
         for b in range(B):
             state = empty
             for t in range(T):

@@ -14,8 +14,12 @@ from xlstm_jax.run import Run
 
 
 def start(workdir, root):
-    command = [sys.executable, "tests/stand_in.py", str(workdir), "400"]
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "tests/stand_in.py", str(workdir), "300"]
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),  # compiled by the first of them alone
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL)
 
 

@@ -98,19 +98,21 @@ def test_the_state_continues_and_its_gradient_is_cut():
     np.testing.assert_array_equal(state.carry[0], 0)
     step = jax.jit(lambda s: train.train_step(s, graphdef=graphdef, task=task, tx=tx, batch_size=4))
     first, _ = step(state)
-    batch = task.batch("train", 0, 0, 4)
-    np.testing.assert_allclose(first.carry[0], tiny_model(batch.inputs)[1][0], rtol=1e-6)
+    carry = jax.jit(lambda: tiny_model(task.batch("train", 0, 0, 4).inputs)[1][0])()
+    np.testing.assert_allclose(first.carry[0], carry, rtol=1e-6)
     _, row = step(first)
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(params, carry):
         merged = nnx.merge(graphdef, params)
         return train.loss_and_accuracy(merged, task.batch("train", 0, 1, 4), carry, None)[0]
 
-    expected, grads = jax.value_and_grad(loss)(first.params, first.carry)
+    expected, grads = loss(first.params, first.carry)
     np.testing.assert_allclose(row.loss, expected, rtol=1e-6)
-    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(row.grad_norm, norm, rtol=1e-5)
-    assert abs(float(loss(first.params, state.carry)) - float(expected)) > 1e-3  # an empty state would differ
+    assert abs(float(loss(first.params, state.carry)[0] - expected)) > 1e-3  # an empty state would differ
 
 
 def test_carried_state_lets_the_first_answer_be_learned():
@@ -154,15 +156,21 @@ def test_ar_and_tar_add_their_terms_to_the_loss(tmp_path):
     task = make("byte_lm", corpus=f"file:{tmp_path / 'text'}", seq_len=6, ar=2, tar=3.0)
     lm, tx = models.LM(256, backbone="elman", dim=4, num_layers=1, rngs=nnx.Rngs(0)), optimizer()
     state = train.init_state(lm, task, tx, 2, seed=0)
-    batch = task.batch("train", 0, 1, 2)
-    batch = batch._replace(reset=batch.reset.at[1, 3].set(True))
-    ys = np.asarray(lm.backbone(lm.embedding(batch.inputs), None, None, batch.reset)[0], np.float64)
-    steps = (ys[:, 1:] - ys[:, :-1])[~np.asarray(batch.reset)[:, 1:]]
-    plain, both = (train.loss_and_accuracy(lm, batch, None, None, *each)[0] for each in ((), (2.0, 3.0)))
+
+    @jax.jit
+    def outputs_and_losses(batch):
+        ys = lm.backbone(lm.embedding(batch.inputs), None, None, batch.reset)[0]
+        return ys, *(train.loss_and_accuracy(lm, batch, None, None, *each)[0] for each in ((), (2.0, 3.0)))
+
+    batches = [task.batch("train", 0, step, 2) for step in (0, 1)]
+    reset = np.array(batches[1].reset)
+    reset[1, 3] = True
+    ys, plain, both = outputs_and_losses(batches[1]._replace(reset=jnp.asarray(reset)))
+    ys = np.asarray(ys, np.float64)
+    steps = (ys[:, 1:] - ys[:, :-1])[~reset[:, 1:]]
     np.testing.assert_allclose(both - plain, 2 * np.mean(ys**2) + 3 * np.mean(steps**2), rtol=1e-4)
     _, row = jax.jit(lambda s: train.train_step(s, graphdef=nnx.split(lm)[0], task=task, tx=tx, batch_size=2))(state)
-    expected = train.loss_and_accuracy(lm, task.batch("train", 0, 0, 2), None, None, 2.0, 3.0)[0]
-    np.testing.assert_allclose(row.loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(row.loss, outputs_and_losses(batches[0])[2], rtol=1e-5)
     with pytest.raises(ValueError, match="byte_lm: tar must be finite and at least 0, not -1.0"):
         make("byte_lm", tar=-1.0)
 

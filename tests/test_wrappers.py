@@ -24,33 +24,41 @@ def pair(merge="concat", **options):
 @pytest.mark.parametrize("merge", ["concat", "sum", "mean", "product"])
 def test_merges(merge):
     cell = pair(merge)
-    a, b = cell.forward(XS)[0], cell.backward(XS[:, ::-1])[0][:, ::-1]
+    a, b, got = jax.jit(lambda xs: (cell.forward(xs)[0], cell.backward(xs[:, ::-1])[0][:, ::-1], cell(xs)[0]))(XS)
+    a, b = np.asarray(a), np.asarray(b)
     want = {"concat": np.concatenate([a, b], -1), "sum": a + b, "mean": (a + b) / 2, "product": a * b}[merge]
-    np.testing.assert_allclose(cell(XS)[0], want, rtol=1e-6)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_each_sequence_is_read_backwards_as_if_alone():
     """Any mask and packed sequences: each equals a run of its own, both ways."""
     keys = jax.random.split(jax.random.key(1))
     mask, reset = jax.random.bernoulli(keys[0], 0.6, (3, 7)), jax.random.bernoulli(keys[1], 0.3, (3, 7))
-    mask = mask.at[2].set(False)
+    mask, xs = mask.at[2].set(False), np.asarray(XS)
     cell = pair()
-    ys, _ = cell(XS, mask=mask, reset=reset)
-    assert np.all(np.asarray(ys)[~np.asarray(mask)] == 0)
+    ys = np.asarray(jax.jit(lambda mask, reset: cell(XS, mask=mask, reset=reset)[0])(mask, reset))
+    alone = jax.jit(lambda xs: cell(xs)[0][0])
+    assert np.all(ys[~np.asarray(mask)] == 0)
     segment = np.cumsum(reset, axis=1)
     for row in range(3):
         for s in np.unique(segment[row]):
             own = np.asarray(mask[row]) & (segment[row] == s)
             if own.any():
-                np.testing.assert_allclose(ys[row][own], cell(XS[row][own][None])[0][0], rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(ys[row][own], alone(jnp.asarray(xs[row][own][None])), rtol=1e-5, atol=1e-6)
 
 
 def test_states_enter_and_leave_at_both_ends():
     cell = pair()
     state = jax.tree.map(lambda a: a + 0.5, cell.initial_state(3))
-    _, last = cell(XS, state)
-    np.testing.assert_allclose(last.backward.h, cell.backward(XS[:, ::-1], state.backward)[1].h, rtol=1e-6)
-    np.testing.assert_allclose(last.forward.h, cell.forward(XS, state.forward)[1].h, rtol=1e-6)
+
+    @jax.jit
+    def lasts(xs, state):
+        backward, forward = cell.backward(xs[:, ::-1], state.backward), cell.forward(xs, state.forward)
+        return cell(xs, state)[1], backward[1].h, forward[1].h
+
+    last, backward, forward = lasts(XS, state)
+    np.testing.assert_allclose(last.backward.h, backward, rtol=1e-6)
+    np.testing.assert_allclose(last.forward.h, forward, rtol=1e-6)
 
 
 def test_a_pattern_changes_nothing_but_the_storage():
@@ -59,10 +67,9 @@ def test_a_pattern_changes_nothing_but_the_storage():
 
     plain, scanned = cells.Stack(layers(), residual=True), cells.Stack(layers(), residual=True, pattern=["gru"] * 3)
     assert scanned.repeats == 3
-    ys, state = plain(XS)
-    zs, stacked = scanned(XS)
+    (ys, state), (zs, stacked) = jax.jit(lambda xs: (plain(xs), scanned(xs)))(XS)
     np.testing.assert_allclose(zs, ys, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(stacked[0].h, jnp.stack([s.h for s in state]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stacked[0].h, np.stack([s.h for s in state]), rtol=1e-5, atol=1e-6)
 
 
 def test_layers_are_compiled_one_by_one_on_one_cpu_device_alone(monkeypatch):
@@ -77,12 +84,12 @@ def test_layers_are_compiled_one_by_one_on_one_cpu_device_alone(monkeypatch):
         scans = [eqn.params for eqn in program.eqns if eqn.primitive.name == "scan"]
         return [scan["unroll"] for scan in scans if scan["length"] == 3]
 
-    looped = jax.grad(loss)(params, XS)
+    looped = jax.jit(jax.grad(loss))(params, XS)
     assert unrolled() == [1]  # the tests' 8 devices
     with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
         assert unrolled() == [3]
         same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-        jax.tree.map(same, jax.grad(loss)(params, XS), looped)
+        jax.tree.map(same, jax.jit(jax.grad(lambda *args: loss(*args)))(params, XS), looped)
         monkeypatch.setattr(wrappers, "UNROLLED", 2)
         assert unrolled() == [1]
 
@@ -134,13 +141,14 @@ def test_a_masked_reset_at_the_end_stops_the_backward_state():
     mask, reset = jnp.asarray([[True, True, False]]), jnp.asarray([[False, False, True]])
     cell = pair()
     full = jax.tree.map(lambda a: a + 1, cell.initial_state(1))
-    outputs = [cell(XS[:1, :3], state, mask, reset)[0][..., 5:] for state in (full, cell.initial_state(1))]
-    assert np.array_equal(*outputs)
+    run = jax.jit(lambda state: cell(XS[:1, :3], state, mask, reset)[0][..., 5:])
+    assert np.array_equal(run(full), run(cell.initial_state(1)))
 
 
 def test_residual_layers_that_give_zero_pass_the_inputs_on_whatever_is_dropped():
     layers = [cells.GRU(4, 4, kernel_init="zeros", recurrent_init="zeros", rngs=nnx.Rngs(0)) for _ in range(3)]
-    assert np.array_equal(cells.Stack(layers, residual=True, dropout=0.5)(XS, key=jax.random.key(0))[0], XS)
+    stack = cells.Stack(layers, residual=True, dropout=0.5)
+    assert np.array_equal(jax.jit(lambda key: stack(XS, key=key)[0])(jax.random.key(0)), XS)
 
 
 @pytest.mark.parametrize("case", BAD)
