@@ -275,6 +275,7 @@ def test_an_evaluation_counts_its_rows_by_length(tmp_path):
     sweep = planning.load(f"{ROOT / 'configs/papers/xlstm_formal_languages.py'}:demo,debug")
     with pytest.raises(ValueError, match="no result row with test_accuracy_by_length"):
         lengths_script.write(sweep, tmp_path)
+    sweep_rows.prepare(tmp_path, sweep)
     for run in sweep.runs[:2]:
         values = {f"test_{name}": value for name, value in found.items()}
         record = {"id": run.id, "overrides": run.overrides, "config": sweep.config(run).to_dict()}

@@ -38,6 +38,7 @@ def test_report_of_a_grid(tmp_path, capsys):
     arguments = ["--config=configs/papers/scaling_laws.py:reduced", f"--workdir={tmp_path}"]
     assert scaling_laws.main(arguments) == 2 and "no finished run yet" in capsys.readouterr().err
     sweep = planning.load("configs/papers/scaling_laws.py:reduced")
+    rows.prepare(tmp_path, sweep)
     lines = []
     for run in sweep.runs:
         config = sweep.config(run).to_dict()
