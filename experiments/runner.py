@@ -11,11 +11,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from experiments import pruning, rows
 from experiments.planning import Run, Sweep
 from xlstm_jax.checkpoint import is_full
+
+MAPS = Path("/proc/self/maps")  # a line for each memory map of this process; Linux allows it 65,530
+MANY_MAPS = 16_000
 
 
 def inline(
@@ -43,6 +47,7 @@ def inline(
                 left = [r for r in queue[number - 1 :] if r.id not in done]
                 clock = clock_or_unknown(seconds_left(sweep, left, done))
                 console.print(f"run {number} of {len(queue)}: {run.id} (sweep: {clock} left)", highlight=False)
+                free_programs()
                 folder = workdir / "runs" / run.id
                 folder.mkdir(parents=True, exist_ok=True)
                 start = time.monotonic()
@@ -58,6 +63,13 @@ def inline(
                 seconds = round(time.monotonic() - start, 3)
                 named = {"id": run.id, "overrides": run.overrides}
                 rows.append(workdir, named | {"seconds": seconds} | result | named | {"wall_seconds": seconds})
+
+
+def free_programs() -> None:
+    """Drop the programs of earlier runs once they hold many memory maps, a thousand or two a run; out of them, XLA
+    ends the process."""
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
 
 
 @contextlib.contextmanager

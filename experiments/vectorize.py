@@ -82,6 +82,7 @@ def launch_groups(
                 continue
             left = runner.clock_or_unknown(runner.seconds_left(sweep, [*mine, *(r for g in queue for r in g)], done))
             console.print(f"{len(mine)} runs at once: {mine[0].id} and on (sweep: {left} left)", highlight=False)
+            runner.free_programs()
             folders = [workdir / "runs" / run.id for run in mine]
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)

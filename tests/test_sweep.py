@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -69,6 +70,24 @@ def test_every_run_once_and_seeds_together(config, tmp_path):
     assert [row["overrides"] for row in found] == [
         {"model.backbone": backbone, "seed": seed} for backbone in "ab" for seed in (0, 1)
     ]
+
+
+def test_programs_of_earlier_runs_are_dropped_before_the_process_has_too_many_maps(config, tmp_path, monkeypatch):
+    held, left = [], []
+
+    class Compiling(Trainer):
+        def __call__(self, config, folder, progress=True):
+            left.append(held[0]._cache_size() if held else 0)
+            held[:] = [jax.jit(lambda x: x + 1)]
+            held[0](1.0)
+            return super().__call__(config, folder, progress)
+
+    monkeypatch.setattr(runner, "MAPS", tmp_path / "maps")
+    for lines, cached in ((16_000, 1), (16_001, 0)):
+        (tmp_path / "maps").write_text("\n" * lines)
+        held.clear(), left.clear()
+        assert start("run", config, tmp_path / str(lines), trainer=Compiling()) == 0
+        assert left == [0, cached, cached, cached]
 
 
 def test_a_failed_run_is_recorded_and_repeated_and_the_others_go_on(config, tmp_path, capsys):
