@@ -43,6 +43,8 @@ from xlstm_jax.tasks.task import Batch
 
 CENSUS = {"xla_tpu_enable_async_collective_fusion": "false"}  # else parts of one collective stand in several loops
 
+FIGURES = (".png", ".svg", ".pdf")
+
 
 class Abstract(NamedTuple):
     """All that a step is made of, without a single number in it."""
@@ -228,23 +230,28 @@ def fits(plain: dict[str, Any], where: Topology) -> dict[str, Any] | None:
 def search(plain: dict[str, Any], where: Topology, say=print) -> dict[str, Any]:
     """The plan with the largest batch that fits, and among the ways of `layer_remat` that reach it the cheapest."""
     mesh = sharding.make_mesh(plain.get("mesh"), where.devices()).shape
-    least, best = mesh["data"] * mesh["fsdp"], None
+    least, best = mesh["data"] * mesh["fsdp"] * plain["accumulate"], None
     for remat in REMAT:
         rows = best["batch_size"] * 2 if best else least  # only a larger batch is worth a dearer way
         while True:
             found = fits(plain | {"batch_size": rows, "model": plain["model"] | {"layer_remat": remat}}, where)
-            say(f"layer_remat={remat}, batch_size={rows}: {'fits' if found else 'does not fit'}", flush=True)
+            peak = f"fits, {gib(found['peak_bytes'])} a chip" if found else "does not fit"
+            say(f"layer_remat={remat}, batch_size={rows}: {peak}", flush=True)
             if found is None:
                 break
             best, rows = found, rows * 2
     if best is None:
-        raise ValueError(f"{least} rows do not fit {where.name}, one a device: take more chips, or fsdp and tensor")
+        raise ValueError(f"{least} rows, the fewest that divide, do not fit: take more chips, or fsdp and tensor")
     return best
+
+
+def gib(n: float) -> str:
+    """A number of bytes in words; MiB where GiB would be 0.00."""
+    return f"{n / GIB:.2f} GiB" if n == 0 or n >= GIB / 100 else f"{1024 * n / GIB:.2f} MiB"
 
 
 def table(found: dict[str, Any]) -> str:
     """One plan in words."""
-    gib = lambda n: f"{n / GIB:.2f} GiB"  # noqa: E731
     seconds = ", ".join(f"{name} {1e3 * value:,.4g}" for name, value in found["floors"].items())
     kinds = ", ".join(f"{c['count']} {kind} ({gib(c['bytes'])})" for kind, c in found["collectives"].items())
     rows = {
@@ -258,7 +265,9 @@ def table(found: dict[str, Any]) -> str:
         "model FLOPs a chip": f"{found['model_flops']:.3g} a step",
         "floors, ms a step": seconds,
         "step at least": f"{1e3 * found['step_seconds']:,.4g} ms; MFU at most {found['mfu_bound']:.2f}",
-        "one after another": f"{found['serial_steps']:,} steps in time forward, as many backward: in no floor",
+        "one after another": f"{found['serial_steps']:,} steps in time forward, as many backward: in no floor"
+        if found["serial_steps"]
+        else "no steps in time: no layer waits for its own last step",
         "run": f"{found['tokens']:.3g} tokens, at least {found['chip_hours']:,.4g} chip hours",
         "compiled in": f"{found['compile_seconds']} s",
     }
@@ -320,6 +329,10 @@ def main(argv: list[str]) -> int:
         file = getattr(options, name)
         if file and not file.parent.is_dir():
             raise ValueError(f"--{name}={file}: there is no folder {file.parent}")
+        if file and file.is_dir():
+            raise ValueError(f"--{name}={file}: it is a folder, and a file is needed")
+    if options.figure and options.figure.suffix not in FIGURES:
+        raise ValueError(f"--figure={options.figure}: its name must end in one of {', '.join(FIGURES)}")
     if options.hlo and (options.search or len(places) > 1):
         raise ValueError(f"--hlo={options.hlo}: it holds one program: name one topology, and no --search")
     config, _ = planning.read(options.config, options.overrides)
@@ -330,7 +343,8 @@ def main(argv: list[str]) -> int:
             found = search(plain, place) if options.search else plan(plain, place, options.hlo)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             words = " ".join(str(error).split())[:300]
-            raise ValueError(f"{place.name}, batch_size={plain['batch_size']}: {words}") from error
+            rows = "--search" if options.search else f"batch_size={plain['batch_size']}"
+            raise ValueError(f"{place.name}, {rows}: {words}") from error
         plans.append({"config": options.config, "overrides": options.overrides} | found)
         print(table(plans[-1]) + "\n", flush=True)
     if options.json:

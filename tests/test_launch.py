@@ -161,6 +161,18 @@ def test_a_jobset_has_a_pod_a_host(capsys):
     assert whole["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
 
 
+def test_a_dry_run_shows_the_command_that_a_file_is_for(capsys):
+    kubernetes = ["kubernetes", "--name=a", "--image=i", "--topology=v5e:16x16"]
+    for (where, *words), write, act, command in (
+        (["slurm"], "script", "submit", "$ sbatch /data/a/job.sh\n"),
+        (kubernetes, "manifest", "apply", "$ kubectl apply -f -\n"),
+    ):
+        told = [*words, f"--config={CONFIG}", "--workdir=/data/a"]
+        assert launch.main([where, write, *told]) == launch.main([where, act, *told, "--dry_run"]) == 0
+        said = capsys.readouterr()
+        assert said.err == command and said.out[: len(said.out) // 2] * 2 == said.out
+
+
 @pytest.mark.parametrize(
     "words,message",
     [

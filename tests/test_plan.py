@@ -133,6 +133,8 @@ def test_a_corpus_that_is_not_there_is_planned(tmp_path):
     [
         (["--topology=v5e-25"], "unknown topology 'v5e-25'; nearest: v5e-256"),
         (["--topology=v5e:2x2", "--json=none/plan.json"], "--json=none/plan.json: there is no folder none"),
+        (["--topology=v5e:2x2", "--json=tests"], "--json=tests: it is a folder, and a file is needed"),
+        (["--topology=v5e:2x2", "--figure=a.xyz"], "--figure=a.xyz: its name must end in one of .png, .svg, .pdf"),
         (["--topology=v5e:2x2,v5e:2x4", "--hlo=a.txt"], "--hlo=a.txt: it holds one program: name one topology"),
     ],
 )
@@ -143,16 +145,19 @@ def test_a_plan_that_cannot_be(arguments, words, capsys):
 
 def test_search_takes_the_cheapest_remat_of_the_largest_batch(monkeypatch):
     limits = {"none": 8, "weights": 8, "elementwise": 32, "layer": 32}  # rows that fit
+    asked = []
 
     def fits(plain, where):
         remat, rows = plain["model"]["layer_remat"], plain["batch_size"]
-        return {"batch_size": rows, "layer_remat": remat} if rows <= limits[remat] else None
+        asked.append(rows)
+        return {"batch_size": rows, "layer_remat": remat, "peak_bytes": 1} if rows <= limits[remat] else None
 
     monkeypatch.setattr(plan, "fits", fits)
     monkeypatch.setattr(plan.sharding, "make_mesh", lambda *_: type("M", (), {"shape": {"data": 2, "fsdp": 2}}))
     monkeypatch.setattr(topology.Topology, "devices", lambda self: [])
-    found = plan.search({"model": {}}, topology.topology("v5e:2x2"), say=lambda *a, **k: None)
-    assert found == {"batch_size": 32, "layer_remat": "elementwise"}
+    found = plan.search({"model": {}, "accumulate": 2}, topology.topology("v5e:2x2"), say=lambda *a, **k: None)
+    assert found == {"batch_size": 32, "layer_remat": "elementwise", "peak_bytes": 1}
+    assert min(asked) == 8  # a row a device and micro-batch
 
 
 def test_a_plan_that_leaves_its_budget_is_told():

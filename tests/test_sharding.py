@@ -92,13 +92,13 @@ def divided(new):
 
 @pytest.mark.parametrize(
     "name, sizes",
-    [("lstm", dict(data=2, fsdp=4)), ("xlstm[1:1]", dict(data=2, fsdp=2, tensor=2))],
+    [("lstm", dict(data=2, fsdp=4)), ("xlstm[1:1]", dict(fsdp=2, tensor=2, seq=2))],
     ids=lambda a: a if isinstance(a, str) else "",
 )
 def test_a_mesh_gives_one_devices_step(name, sizes, monkeypatch, capfd):
     monkeypatch.setattr(sharding, "SMALLEST", 64)
     new, *_ = compare(name, sizes, step(name))
-    assert divided(new) == set(sizes) - {"data"}
+    assert divided(new) == set(sizes) - {"data", "seq"}
     assert REMATERIALIZED not in capfd.readouterr().err
 
 

@@ -96,11 +96,10 @@ def on_slurm(options) -> int:
         options=options.option,
         workdir=options.workdir,
     )
-    if options.action == "script" or options.dry_run:
-        print(text, end="")
-        return 0
-    Path(options.workdir).mkdir(parents=True, exist_ok=True)
     file = Path(options.workdir) / "job.sh"
+    if options.action == "script" or options.dry_run:
+        return show(text, [] if options.action == "script" else ["sbatch", str(file)])
+    Path(options.workdir).mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     return execute(["sbatch", str(file)])
 
@@ -114,10 +113,18 @@ def on_kubernetes(options) -> int:
         restarts=options.restarts,
         spot=options.spot,
     )
+    words = ["kubectl", "apply", "-f", "-"]
     if options.action == "manifest" or options.dry_run:
-        print(text, end="")
-        return 0
-    return execute(["kubectl", "apply", "-f", "-"], text)
+        return show(text, [] if options.action == "manifest" else words)
+    return execute(words, text)
+
+
+def show(text: str, words: list[str]) -> int:
+    """A file on stdout and, on stderr, the command that it is for."""
+    print(text, end="", flush=True)
+    if words:
+        print(f"$ {shell(words)}", file=sys.stderr)
+    return 0
 
 
 def perform(commands: list[list[str]], dry_run: bool) -> int:
