@@ -15,6 +15,7 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,17 +233,46 @@ def search(plain: dict[str, Any], where: Topology, say=print) -> dict[str, Any]:
     mesh = sharding.make_mesh(plain.get("mesh"), where.devices()).shape
     least, best = mesh["data"] * mesh["fsdp"] * plain["accumulate"], None
     for remat in REMAT:
-        rows = best["batch_size"] * 2 if best else least  # only a larger batch is worth a dearer way
-        while True:
+
+        def plan_of(rows, remat=remat):
             found = fits(plain | {"batch_size": rows, "model": plain["model"] | {"layer_remat": remat}}, where)
             peak = f"fits, {gib(found['peak_bytes'])} a chip" if found else "does not fit"
             say(f"layer_remat={remat}, batch_size={rows}: {peak}", flush=True)
-            if found is None:
-                break
-            best, rows = found, rows * 2
+            return found
+
+        best = largest(plan_of, best["batch_size"] * 2 if best else least) or best  # only more rows are worth more work
     if best is None:
         raise ValueError(f"{least} rows, the fewest that divide, do not fit: take more chips, or fsdp and tensor")
     return best
+
+
+def largest(plan_of: Callable[[int], dict[str, Any] | None], rows: int) -> dict[str, Any] | None:
+    """The plan of the largest batch that fits, `rows` times a power of two; None where not even those do.
+
+    Each batch costs a compilation: two that fit tell how the peak grows, and the next is the largest on that line.
+    """
+    fitting, refused = [], None
+    while refused is None or rows < refused:
+        found = plan_of(rows)
+        if found is None:
+            refused = rows
+        else:
+            fitting.append(found)
+        if not fitting:
+            return None
+        rows = 2 * fitting[-1]["batch_size"]
+        if len(fitting) > 1:
+            aim = reach(*fitting[-2:])
+            rows = max(rows, aim if refused is None else min(aim, refused // 2))
+    return fitting[-1]
+
+
+def reach(a: dict[str, Any], b: dict[str, Any]) -> int:
+    """The most rows, those of b times a power of two, that keep within the limit on the line through two peaks."""
+    growth = (b["peak_bytes"] - a["peak_bytes"]) / (b["batch_size"] - a["batch_size"])
+    if growth <= 0:
+        return 2 * b["batch_size"]
+    return b["batch_size"] * 2 ** int(math.log2(1 + (b["limit_bytes"] - b["peak_bytes"]) / growth / b["batch_size"]))
 
 
 def gib(n: float) -> str:

@@ -144,20 +144,39 @@ def test_a_plan_that_cannot_be(arguments, words, capsys):
 
 
 def test_search_takes_the_cheapest_remat_of_the_largest_batch(monkeypatch):
-    limits = {"none": 8, "weights": 8, "elementwise": 32, "layer": 32}  # rows that fit
+    sizes = {"none": 40, "weights": 40, "elementwise": 9, "layer": 9}  # bytes of a row, beside 10 and 1,000 at most
     asked = []
 
     def fits(plain, where):
         remat, rows = plain["model"]["layer_remat"], plain["batch_size"]
-        asked.append(rows)
-        return {"batch_size": rows, "layer_remat": remat, "peak_bytes": 1} if rows <= limits[remat] else None
+        asked.append((remat, rows))
+        peak = 10 + sizes[remat] * rows + (rows > 64)  # not quite a line
+        return None if peak > 1000 else dict(batch_size=rows, layer_remat=remat, peak_bytes=peak, limit_bytes=1000)
 
     monkeypatch.setattr(plan, "fits", fits)
-    monkeypatch.setattr(plan.sharding, "make_mesh", lambda *_: type("M", (), {"shape": {"data": 2, "fsdp": 2}}))
+    monkeypatch.setattr(plan.sharding, "make_mesh", lambda *_: type("M", (), {"shape": {"data": 1, "fsdp": 1}}))
     monkeypatch.setattr(topology.Topology, "devices", lambda self: [])
     found = plan.search({"model": {}, "accumulate": 2}, topology.topology("v5e:2x2"), say=lambda *a, **k: None)
-    assert found == {"batch_size": 32, "layer_remat": "elementwise", "peak_bytes": 1}
-    assert min(asked) == 8  # a row a device and micro-batch
+    assert (found["batch_size"], found["layer_remat"]) == (64, "elementwise")
+    expected = [("none", 2), ("none", 4), ("none", 16), ("none", 32)]  # a row a device and micro-batch first
+    assert asked == [
+        *expected,
+        ("weights", 32),
+        ("elementwise", 32),
+        ("elementwise", 64),
+        ("elementwise", 128),
+        ("layer", 128),
+    ]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 17, 100, 1023, 1024])
+@pytest.mark.parametrize("bend", [0.5, 1.0, 2.0])
+def test_the_largest_batch_is_found_whatever_the_line_says(most, bend):
+    def plan_of(rows):
+        return dict(batch_size=rows, peak_bytes=rows**bend, limit_bytes=most**bend) if rows <= most else None
+
+    assert plan.largest(plan_of, 1)["batch_size"] == 2 ** (most.bit_length() - 1)
+    assert plan.largest(plan_of, 2 * most) is None
 
 
 def test_a_plan_that_leaves_its_budget_is_told():
