@@ -7,6 +7,7 @@ paper's values (a list: all that the paper tried), marks the cells whose runs ha
 
 import difflib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +154,24 @@ def protocols(table: dict[str, Any], found: dict) -> list[str]:
     """Which cells have the paper's protocol, and in what the others' is reduced."""
     if "protocol" not in table:
         return []
-    kinds: dict[tuple[str, ...], list[str]] = {}
-    for (row, column), made in found.items():
-        kinds.setdefault(made.reduced, []).append(f"{table['rows'][row]} on {table['columns'][column]}")
+    kinds: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for place, made in found.items():
+        kinds.setdefault(made.reduced, []).append(place)
     lines = []
     for reduced, places in kinds.items():
-        where = "all cells" if len(kinds) == 1 else ", ".join(places)
+        where = "all cells" if len(kinds) == 1 else ", ".join(named(table, places, found))
         lines.append(f"{REDUCED}, reduced ({where}): {'; '.join(reduced)}." if reduced else f"As the paper: {where}.")
     return lines
+
+
+def named(table: dict[str, Any], places: list[tuple[str, str]], found: dict) -> Iterator[str]:
+    """Cells in words, by their row alone where all that it has are among them."""
+    for row, label in table["rows"].items():
+        columns = [column for r, column in places if r == row]
+        if columns and len(columns) == sum(r == row for r, _ in found):
+            yield label
+        else:
+            yield from (f"{label} on {table['columns'][column]}" for column in columns)
 
 
 class Values:
