@@ -76,6 +76,11 @@ class Topology(NamedTuple):
         return self.slices * chips_of(self.shape)
 
     @property
+    def device_count(self) -> int:
+        """As JAX counts them: of a tpu7x each of a chip's two cores is one."""
+        return self.chips * (2 if self.generation == "tpu7x" else 1)
+
+    @property
     def chip(self) -> Chip:
         return CHIPS[self.generation]
 

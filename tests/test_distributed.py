@@ -81,16 +81,18 @@ def test_one_process_waits_for_nobody():
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    "arguments,limits,message",
     [
-        (("somewhere", 2, 0), "address is 'somewhere': host:port of process 0 is needed"),
-        (("localhost:1", 2, 2), "index is 2: the number of one of 2 processes is needed"),
-        (("localhost:1", None, None), "did not come together .*not given: count, index"),
+        (("somewhere", 2, 0), {}, "address is 'somewhere': host:port of process 0 is needed"),
+        (("localhost:1", 2, 2), {}, "index is 2: the number of one of 2 processes is needed"),
+        (("localhost:1", None, None), {}, "did not come together .*not given, .*: count, index"),
+        (("localhost:1", 2, 0), {"wait": 0}, "the limit of a start is 0: seconds are needed, more than 0"),
+        (("localhost:1", 2, 0), {"heartbeat": 0}, "heartbeat is 0: seconds are needed, at least 1"),
     ],
 )
-def test_what_is_missing(arguments, message, monkeypatch):
+def test_a_start_with_wrong_arguments(arguments, limits, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
-        distributed.start(*arguments, wait=1)
+        distributed.start(*arguments, **{"wait": 1} | limits)
 
 
 def test_a_start_that_process_0_does_not_answer(monkeypatch, capfd):

@@ -183,6 +183,8 @@ def test_a_dry_run_shows_the_command_that_a_file_is_for(capsys):
         (["tpu", "create", *TPU[:2], "--topology=v4:4x4"], "unknown topology 'v4:4x4'; nearest: v4:4x4x8, v4:4x4x4"),
         (["tpu", "create", *TPU[:2], "--topology=tpu7x:4x4x4"], "there are no TPU VMs of tpu7x: use kubernetes"),
         (["slurm", "script", *TRAIN, "--nodes=0"], "--nodes is 0: at least 1 is needed"),
+        (["slurm", "script", *TRAIN, "--warning=-3"], "--warning is -3: at least 1 is needed"),
+        (["tpu", "run", *TPU, *TRAIN, "--config.+mesh.data=3"], "mesh data=3 does not fit 256 devices: it needs 3"),
         (["tpu", "run", *TPU, "--config=none.py", "--workdir=a"], "--config=none.py: no such Python file"),
         (["tpu", "run", *TPU, *TRAIN, "--config.stepz=3"], "unknown field 'stepz'; nearest: steps"),
         (["tpu", "logs", *TPU, "--host=64"], "--host is 64: there are 64 hosts, counted from 0"),

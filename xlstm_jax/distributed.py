@@ -73,6 +73,10 @@ def start(
     address: "host:port" of process 0; wait: seconds for all to come; heartbeat: seconds after which a silent one counts
     as dead.
     """
+    if not wait > 0:
+        raise ValueError(f"the limit of a start is {wait}: seconds are needed, more than 0")
+    if heartbeat < 1:
+        raise ValueError(f"heartbeat is {heartbeat}: seconds are needed, at least 1")
     given = {"address": address, "count": count, "index": index}
     if None not in given.values():
         host, _, port = address.rpartition(":")
@@ -96,7 +100,7 @@ def start(
                 jax.distributed.initialize(address, count, index, **seconds)
         except (ValueError, RuntimeError) as error:
             missing = ", ".join(name for name, value in given.items() if value is None)
-            hint = f"; not given: {missing}" if missing else ""
+            hint = f"; not given, and to be found out from TPU, SLURM or the like: {missing}" if missing else ""
             words = " ".join(str(error).split())
             raise RuntimeError(f"the processes did not come together within {wait} s{hint} ({words[:300]})") from None
         finally:

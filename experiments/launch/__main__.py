@@ -19,6 +19,7 @@ from experiments.build import resolve
 from experiments.launch import kubernetes, slurm, tpu
 from experiments.launch.job import HOSTS, hosts_of, shell, training
 from experiments.topology import topology
+from xlstm_jax import sharding
 from xlstm_jax.names import unknown
 
 ACTIONS = {"tpu": tpu.ACTIONS, "slurm": ("submit", "script"), "kubernetes": ("apply", "manifest")}
@@ -54,10 +55,13 @@ def main(argv: list[str]) -> int:
     missing = [f"--{name}" for name in needed if not getattr(options, name)]
     if missing:
         raise ValueError(f"{options.where} {options.action} needs {', '.join(missing)}")
-    if options.nodes < 1:
-        raise ValueError(f"--nodes is {options.nodes}: at least 1 is needed")
+    for name, least in (("nodes", 1), ("restarts", 0), ("warning", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} is {getattr(options, name)}: at least {least} is needed")
     if options.config:
-        resolve(planning.read(options.config, options.overrides)[0])
+        plain = resolve(planning.read(options.config, options.overrides)[0])
+        if options.topology:
+            sharding.mesh_sizes(plain.get("mesh"), topology(options.topology).device_count)
     return {"tpu": on_tpu, "slurm": on_slurm, "kubernetes": on_kubernetes}[options.where](options)
 
 
