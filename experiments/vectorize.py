@@ -130,6 +130,8 @@ def together(
     data_hash = getattr(task, "data_hash", None)
     folders = [Path(folder).absolute() for folder in folders]
     found = [check_workdir(folder, plain, data_hash) for folder, plain in zip(folders, plains)]
+    if None not in found:
+        return found
     use_compilation_cache()
     environment = metrics.environment()
     environment["precision"] |= recorded_dtypes(first)
@@ -144,9 +146,8 @@ def together(
         record = {"id": folder.name, "config": plain} | environment | {"data_hash": data_hash}
         settings = optim.settings(**plain["optimizer"], steps=plain["steps"])
         members.append(vectorize.Member(initial(plain["seed"]), plain["seed"], settings, folder, record, pruned[index]))
-    if members:
-        names = [name for name in (*COUNTS, *INTERVALS) if name not in ("seed", "max_bad_steps")]
-        shared = {name: first[name] for name in names} | {"progress": progress, "label": f"{len(members)} runs"}
-        for index, result in zip(places, vectorize.fit(members, graphdef, task, **shared)):
-            found[index] = result
+    names = [name for name in (*COUNTS, *INTERVALS) if name not in ("seed", "max_bad_steps")]
+    shared = {name: first[name] for name in names} | {"progress": progress, "label": f"{len(members)} runs"}
+    for index, result in zip(places, vectorize.fit(members, graphdef, task, **shared)):
+        found[index] = result
     return found

@@ -32,7 +32,7 @@ REMAT = {  # of each layer, the cheapest first
 }
 
 
-UNROLLED = 8
+UNROLLED = 8  # repeats of a stack's group: more would take too long to compile
 
 
 class BidirectionalState(NamedTuple):
