@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from xlstm_jax.names import check_run_folder
+
 
 class Arguments(argparse.ArgumentParser):
     """A parser whose complaints are a ValueError, one line as all others."""
@@ -34,6 +36,15 @@ def folder(text: str) -> Path:
     """The value of --workdir."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty: name a folder")
+    return Path(text)
+
+
+def run_folder(text: str) -> Path:
+    """The value of --workdir where checkpoints are written."""
+    try:
+        check_run_folder(folder(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return Path(text)
 
 

@@ -32,7 +32,7 @@ TABLE_SECONDS, WRITING_SECONDS = 5.0, 25.0  # what comes after the runs
 @command.exit_code
 def main(argv: list[str]) -> int:
     parser = command.Arguments("demo", __doc__)
-    parser.add_argument("--workdir", type=command.folder, default=Path("runs/demo"))
+    parser.add_argument("--workdir", type=command.run_folder, default=Path("runs/demo"))
     parser.add_argument("--preset", default="demo", help="argument of both configs, such as demo,debug")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)

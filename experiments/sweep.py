@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = command.Arguments("sweep", __doc__)
     parser.add_argument("action", choices=("plan", "run", "submit", "status"))
     parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", type=command.folder, required=True)
+    parser.add_argument("--workdir", type=command.run_folder, required=True)
     parser.add_argument("--launcher", choices=launchers.NAMES, default="inline")
     parser.add_argument("--launcher_option", action="append", default=[])
     parser.add_argument("--workers", type=int)

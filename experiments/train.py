@@ -193,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     arguments = command.Arguments("train", __doc__)
     arguments.add_argument("--config", required=True, help="FILE.py[:arg]")
-    arguments.add_argument("--workdir", type=command.folder, required=True, help="folder of the run")
+    arguments.add_argument("--workdir", type=command.run_folder, required=True, help="folder of the run")
     arguments.add_argument("--profile", type=int, default=0, help="trace so many steps into WORKDIR/profile")
     arguments.add_argument("--processes", help="auto, HOST:PORT,COUNT,INDEX or HOST:PORT: this is one of several")
     arguments.add_argument("--stall_limit", type=int, default=1800, help="seconds that one waits for another")

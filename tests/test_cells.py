@@ -49,6 +49,16 @@ def test_reverse_is_the_mirrored_sequence(x64, form):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
+def test_one_chunk_from_the_empty_memory_is_compiled_right():
+    """Of a shape that XLA's fusions for CPUs take whole: at most compilations they gave other numbers each time."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 16, 64, 4, 32))
+    i, f = jax.random.normal(jax.random.key(1), (2, 16, 64, 4))
+    expected = mlstm(q, k, v, i, f, form="recurrent")[0]
+    for _ in range(4):
+        program = jax.jit(lambda *inputs: mlstm(*inputs)[0]).lower(q, k, v, i, f).compile()
+        np.testing.assert_allclose(program(q, k, v, i, f), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("form", ["recurrent", "parallel", "chunkwise"])
 @pytest.mark.parametrize("size", [15.0, 30.0, 1000.0])
 def test_mlstm_with_extreme_gates_is_finite_and_a_reset_is_exact(form, size):

@@ -104,3 +104,9 @@ def test_another_format_is_refused(saved):
         pytest.raises(ValueError, match=f"is of format 1, this version reads {FORMAT}"),
     ):
         checkpoints.newest_intact()
+
+
+def test_a_folder_that_orbax_would_not_find_again_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be kept under a name with '\['"):
+        Checkpoints(tmp_path / "xlstm[1:1]")
+    assert not list(tmp_path.iterdir())

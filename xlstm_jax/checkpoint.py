@@ -17,6 +17,8 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from .names import check_run_folder
+
 FORMAT = 2  # of what a checkpoint means: raised when an older one can no longer be read as the same thing
 MANIFEST = "manifest.json"  # of each step: its files' sizes and hashes, written before the step gets its name
 ORBAX_RECORD = "_CHECKPOINT_METADATA"
@@ -33,6 +35,7 @@ class Checkpoints:
         self._folder = Path(folder).absolute()
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"{self._folder} is a file: checkpoints need a folder of this name")
+        check_run_folder(self._folder)
         self.warnings: list[str] = []  # of damaged steps that were passed over
         self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(

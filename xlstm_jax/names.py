@@ -1,7 +1,9 @@
-"""One line about a name that does not exist."""
+"""One line about a name that does not exist, or that cannot be used."""
 
 import difflib
+import glob
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def unknown(what: str, name: object, valid: Iterable[str]) -> str:
@@ -11,3 +13,9 @@ def unknown(what: str, name: object, valid: Iterable[str]) -> str:
     return f"unknown {what} {name!r}; " + (
         f"nearest: {', '.join(nearest)}" if nearest else f"valid: {', '.join(valid.values())}"
     )
+
+
+def check_run_folder(folder: Path) -> None:
+    """ValueError where orbax would take the path for a pattern: it writes checkpoints there that it does not find."""
+    if glob.has_magic(str(folder.absolute())):
+        raise ValueError(f"{folder.absolute()}: checkpoints cannot be kept under a name with '[', '*' or '?'")

@@ -281,12 +281,24 @@ def _chunkwise(inputs, state, chunk_size, options):
     parts = jax.tree.map(cut, inputs)._replace(log_i=cut(inputs.log_i, -jnp.inf))
     run = partial(_chunks, **options)
     if groups == 1:
+        if N == 1 and target().platform == "cpu":
+            state = state._replace(C=_no_constant(state.C, inputs.k, inputs.v))
         state, h = run(state, jax.tree.map(lambda a: a[0], parts))
         h = h[None]
     else:
         kept = jax.checkpoint_policies.save_only_these_names(KEPT)
         state, h = jax.lax.scan(jax.checkpoint(run, policy=kept), state, parts)
     return jnp.moveaxis(h, (0, 1), (2, 3)).reshape(B, H, groups * N * L, -1)[:, :, :T], state
+
+
+def _no_constant(C: Array, k: Array, v: Array) -> Array:
+    """C itself, by a choice that is always the same and that XLA cannot foresee.
+
+    jaxlib 0.10.2 fuses the chunk's products into one call of YNNPACK, which on a CPU gives any numbers at all where one
+    of them is with a broadcast constant, as the empty memory is.
+    """
+    never = k[:, :, 0, :, None] + v[:, :, 0, None, :] > jnp.inf
+    return jnp.where(never, 1, C)
 
 
 class Bytes(NamedTuple):
