@@ -20,6 +20,7 @@ from xlstm_jax.tasks import make
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = budgets.read()
+LONG = pytest.mark.long  # minutes each: make test ARGS="-m long -n 0"
 PROGRAM = """HloModule jit_step, num_partitions=4
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %all-reduce.1 = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
@@ -196,8 +197,9 @@ def test_a_plan_that_leaves_its_budget_is_told():
 
 
 @pytest.mark.skipif(util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'")
-def test_the_smallest_config_keeps_to_its_budget():
-    assert budgets.differences(BUDGETS["debug"], budgets.compiled(BUDGETS["debug"])) == []
+@pytest.mark.parametrize("name", [name if name == "debug" else pytest.param(name, marks=LONG) for name in BUDGETS])
+def test_a_shipped_config_keeps_to_its_budget(name):
+    assert budgets.differences(BUDGETS[name], budgets.compiled(BUDGETS[name])) == []
 
 
 def test_every_shipped_config_has_a_budget_and_keeps_within_a_chip():

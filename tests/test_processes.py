@@ -68,6 +68,22 @@ def test_told_at_any_question(tmp_path, whole):
         fit(None, lambda: True)
 
 
+def test_sigterm_while_the_step_is_compiled(tmp_path, whole, monkeypatch):
+    """It is heeded after the first dispatch, which is saved."""
+    dispatch = train._dispatch
+
+    def compiled(*arguments, **settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return dispatch(*arguments, **settings)
+
+    with distributed.Stop() as stop, monkeypatch.context() as patch:
+        patch.setattr(train, "_dispatch", compiled)
+        with pytest.raises(train.Stopped, match="told to stop: saved step 4; the same command goes on"):
+            fit(tmp_path, stop.told)
+    fit(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
 def test_sigterm_ends_the_command_with_75(tmp_path, monkeypatch, capsys):
     def stop_at_once(model, task, tx, *, told, **settings):
         os.kill(os.getpid(), signal.SIGTERM)
