@@ -15,7 +15,8 @@
 `debug` after a preset shrinks every run to seconds. The papers only plot their accuracies; their text says: attention
 and both xLSTM with a matrix memory solve experiment 1 at all widths; sLSTM is better than the LSTM, both fall short.
 
-Expected with `reduced`: mLSTM, xLSTM[1:1] and Transformer at least 0.99, LSTM below 0.5 with 8 pairs.
+Expected with `reduced`: mLSTM, xLSTM[1:1] and Transformer at least 0.99, LSTM below 0.5 with 8 pairs. (With 128 tokens
+in place of 32 the Transformer still guesses among the row's values after 3,300 steps; it needs the papers' samples.)
 """
 
 import itertools
@@ -38,8 +39,12 @@ RATES = (1e-2, 2.15e-3, 4.6e-4, 1e-4)
 AT_24 = (1e-3, 2.2e-4, 5e-5, 1e-5)  # with batches of 24
 
 PRESETS = {
-    "demo": dict(models=("lstm", "xlstm[1:0]"), grid=[(64, 4, 0)], dims=(64,), vocab_size=64, steps=400, seconds=60),
-    "reduced": dict(models=MODELS, grid=[(64, 4, 0), (64, 8, 0)], dims=(64,), vocab_size=128, steps=1_500, seconds=400),
+    "demo": dict(
+        models=("lstm", "xlstm[1:0]"), grid=[(64, 4, 0)], dims=(64,), vocab_size=64, steps=400, rate=5e-3, seconds=60
+    ),
+    "reduced": dict(
+        models=MODELS, grid=[(64, 4, 0), (64, 8, 0)], dims=(64,), vocab_size=32, steps=1_500, rate=2e-3, seconds=250
+    ),
     "paper": dict(models=MODELS, grid=[(64, 4, 0), (128, 8, 0), (256, 16, 0)], dims=(64, 128, 256, 512)),
     "long": dict(
         models=MODELS, grid=[(c, p, 0) for c in (756, 1024, 2048) for p in (48, 96, 256)], dims=(128, 256, 512)
@@ -68,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.batch_size = 32 if small else BATCH[length]
     config.steps = numbers.get("steps", SAMPLES * EPOCHS // config.batch_size)
-    rate = 5e-3 if small else RATES[0]
+    rate = numbers.get("rate", RATES[0])
     config.optimizer = dict(
         name="adamw",
         learning_rate=rate,
