@@ -51,8 +51,12 @@ def on_paper(plain: dict[str, Any], where: Topology) -> dict[str, Any]:
     n, f = sizes["data"] * sizes["fsdp"], sizes["fsdp"]
     if parts.batch.inputs.shape[0] % n:
         raise ValueError(f"{parts.batch.inputs.shape[0]} rows do not divide over {n} devices")
-    if where.slices > 1 or sizes["tensor"] * sizes["seq"] > 1 or parts.options.accumulate > 1:
-        raise ValueError("the formula is for one slice, rows alone divided, and no micro-batches: compile this one")
+    divided = sizes["tensor"] * sizes["seq"] > 1
+    if where.slices > 1 or where.device_count > where.chips or divided or parts.options.accumulate > 1:
+        raise ValueError(
+            "the formula is for one slice of chips of one device each, rows alone divided, and no micro-batches:"
+            " experiments.plan compiles others"
+        )
     state = plan.share(parts.state, sharding.state_specs(parts.state, parts.model, sizes), sizes)
     width = jnp.dtype(plain["model"].get("dtype") or "float32").itemsize
     specs = sharding.parameter_specs(parts.model, sizes)

@@ -243,17 +243,18 @@ def test_the_formulas_of_growth_are_what_was_compiled():
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, where, words",
     [
-        ({"batch_size": 12}, "12 rows do not divide over 8 devices"),
-        ({"mesh": {"fsdp": 4, "tensor": 2}}, "the formula is for one slice"),
-        ({"mesh": {"fsdp": 3}}, "mesh fsdp=3 does not fit 8 devices"),
+        ({"batch_size": 12}, "v5p:2x2x2", "12 rows do not divide over 8 devices"),
+        ({"mesh": {"fsdp": 4, "tensor": 2}}, "v5p:2x2x2", "the formula is for one slice"),
+        ({}, "tpu7x:2x2x2", "of chips of one device each"),
+        ({"mesh": {"fsdp": 3}}, "v5p:2x2x2", "mesh fsdp=3 does not fit 8 devices"),
     ],
 )
-def test_what_no_formula_is_for(change, words):
+def test_what_no_formula_is_for(change, where, words):
     config, _ = read("configs/scaling.py:xlstm_125m,debug", [])
     with pytest.raises(ValueError, match=words):
-        growth.on_paper(resolve(config) | change, topology.topology("v5p:2x2x2"))
+        growth.on_paper(resolve(config) | change, topology.topology(where))
 
 
 @pytest.mark.parametrize(
