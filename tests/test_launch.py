@@ -123,6 +123,22 @@ def test_an_archive_names_its_commit(tmp_path, monkeypatch):
     assert metrics.commit() == head
 
 
+def test_results_are_no_change_of_the_code(tmp_path, monkeypatch):
+    files = [tmp_path / "xlstm_jax/metrics.py", tmp_path / "results/rows.jsonl"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("as committed")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(metrics, "__file__", str(files[0]))
+    head = metrics.commit()
+    files[1].write_text("a row more")
+    assert len(head) == 40 and metrics.commit() == head
+    files[0].write_text("changed")
+    assert metrics.commit() == head + "+dirty"
+
+
 @pytest.mark.parametrize(
     "code, restarts, again",
     [(0, 0, False), (1, 0, False), (2, 0, False), (75, 99, True), (137, 0, True), (137, slurm.KILLS, False)],

@@ -167,6 +167,8 @@ def environment() -> dict[str, Any]:
 def commit() -> str | None:
     """Commit of the source tree that this file lies in, "+dirty" with uncommitted changes; None outside git.
 
+    Changes of results/ and docs/ do not count: what is written there ran nothing.
+
     In an archive of the tree (`git archive`, which is what a pod is sent) git has written it into the file COMMIT.
     """
     folder = Path(__file__).resolve().parent
@@ -176,7 +178,9 @@ def commit() -> str | None:
     git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        code = [":/", ":(top,exclude)results", ":(top,exclude)docs"]
+        status = [*git, "status", "--porcelain", "-uno", "--", *code]
+        changes = subprocess.run(status, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if head.returncode or changes.returncode:
