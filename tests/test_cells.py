@@ -1,5 +1,7 @@
 """Initialisers, the engine's arguments, and what bad inputs say."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 from xlstm_jax import cells, models
 from xlstm_jax.cells.lstm import LSTMRule, LSTMState
+from xlstm_jax.kernels import mlstm_chunkwise
 from xlstm_jax.kernels.mlstm import initial_state, mlstm
 from xlstm_jax.kernels.recurrent import recurrent
 
@@ -49,14 +52,44 @@ def test_reverse_is_the_mirrored_sequence(x64, form):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_one_chunk_from_the_empty_memory_is_compiled_right():
+@pytest.mark.parametrize("derivative", [False, True])
+def test_one_chunk_from_the_empty_memory_is_compiled_right(derivative):
     """Of a shape that XLA's fusions for CPUs take whole: at most compilations they gave other numbers each time."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 16, 64, 4, 32))
     i, f = jax.random.normal(jax.random.key(1), (2, 16, 64, 4))
-    expected = mlstm(q, k, v, i, f, form="recurrent")[0]
+
+    def run(*inputs, form="chunkwise"):
+        return mlstm(*inputs, form=form)[0]
+
+    def pulled(*inputs, form="chunkwise"):
+        return jax.vjp(partial(run, form=form), *inputs)[1](v)
+
+    function = pulled if derivative else run
+    expected = function(q, k, v, i, f, form="recurrent")
     for _ in range(4):
-        program = jax.jit(lambda *inputs: mlstm(*inputs)[0]).lower(q, k, v, i, f).compile()
-        np.testing.assert_allclose(program(q, k, v, i, f), expected, rtol=1e-3, atol=1e-3)
+        program = jax.jit(lambda *inputs: function(*inputs)).lower(q, k, v, i, f).compile()
+        for got, want in zip(jax.tree.leaves(program(q, k, v, i, f)), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("numbers", [1, 64])
+def test_groups_of_chunks_change_nothing(x64, monkeypatch, numbers):
+    """However few of the memories and matrices of pairs are worked on at once."""
+    monkeypatch.setattr(mlstm_chunkwise, "GROUP", numbers)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = jax.random.normal(keys[0], (3, 1, 17, 2, 3))
+    i, f = jax.random.normal(keys[1], (2, 1, 17, 2))
+    mask, reset = jax.random.bernoulli(keys[2], 0.8, (1, 17)), jax.random.bernoulli(keys[3], 0.2, (1, 17))
+
+    def run(form):
+        def outputs(*inputs):
+            return mlstm(*inputs, form=form, chunk_size=2, mask=mask, reset=reset)
+
+        out, pull = jax.vjp(outputs, q, k, v, i, f)
+        return out, pull(jax.tree.map(jnp.cos, out))
+
+    for got, want in zip(jax.tree.leaves(run("chunkwise")), jax.tree.leaves(run("recurrent"))):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["recurrent", "parallel", "chunkwise"])

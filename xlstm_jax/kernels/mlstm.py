@@ -9,8 +9,8 @@ with log f = log sigmoid(f~) and log i = i~ (`input_gate="exp"`), or log i = log
 
     "recurrent"  one step after another, linear in T
     "parallel"   all pairs of steps at once, quadratic in T
-    "chunkwise"  parallel inside chunks of at most `chunk_size` steps, recurrent between them; of a long
-                 sequence the gradient computes each chunk again
+    "chunkwise"  parallel inside chunks of at most `chunk_size` steps, recurrent between them; the gradient keeps
+                 the memory before each chunk and computes the rest again (`mlstm_chunkwise.py`)
     "pallas"     the same as one kernel forward and one backward, for a TPU (`pallas_mlstm.py`) or a GPU
                  (`pallas_mlstm_gpu.py`); "pallas_interpret": the same kernel interpreted, on any device, for tests
     "auto"       "pallas" where the program is for one TPU and the kernel serves it, else "chunkwise" (`choice.py`)
@@ -24,15 +24,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from ..names import unknown
-from . import local, time_sharded
+from . import local, mlstm_chunkwise, time_sharded
 from .choice import CHOSEN_FORMS, choose, record, target
 from .memory import check_budget, fitting, size
-from .recurrent import emptied, select
+from .mlstm_chunkwise import denominator
 
 
 class MLSTMState(NamedTuple):
@@ -154,12 +153,6 @@ def _normalised(num: Array, den: Array, m: Array, normalize: bool, eps: float) -
     return num / denominator(den, m, eps)[..., None] if normalize else num
 
 
-def denominator(den: Array, m: Array, eps: float) -> Array:
-    """max(|den|, exp(-m)) + eps; the floor's exponent is kept inside the dtype's range."""
-    largest = 0.9 * math.log(jnp.finfo(m.dtype).max)
-    return jnp.maximum(jnp.abs(den), jnp.exp(jnp.minimum(-m, largest))) + eps
-
-
 def _step(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
     q, k, v, log_i, log_f, reset = inputs
     C, n, m = state
@@ -181,114 +174,23 @@ def _recurrent(inputs, state, chunk_size, options):
     return jnp.moveaxis(h, 0, 2), state
 
 
-def _chunks(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
-    """N chunks of L steps: all steps of all chunks at once, and between them the memory from chunk to chunk.
-
-    F is the running sum of log f within a sequence, D[t, j] = F_t - F_j + log i_j the log weight of step j at step t,
-    base_t the log weight of the memory before the chunk (or of the empty one after a reset).
-    """
-    q, k, v, log_i, log_f, reset = inputs  # (N, B, H, L, .), (N, B, H, L), (N, B, L)
-    L = q.shape[3]
-    allowed, carried = jnp.tril(jnp.ones((L, L), bool))[None, None, None], None
-    if reset is None:
-        F = jnp.cumsum(log_f, axis=-1)
-    else:  # sums that never leave their own sequence, so that nothing before a reset is in them, exactly
-        segment = jnp.cumsum(reset, axis=-1)[:, :, None]
-        allowed = allowed & (segment[..., :, None] == segment[..., None, :])
-        carried = segment == 0
-        F = jnp.where(allowed, log_f[..., None, :], 0).sum(axis=-1)
-    D = jnp.where(allowed, F[..., :, None] - F[..., None, :] + log_i[..., None, :], -jnp.inf)
-    highest = D.max(axis=-1)
-
-    def last(a):
-        return None if a is None else a[..., -1]
-
-    def pass_m(m, of_chunk):
-        F, highest, carried = of_chunk
-        start = emptied(None if carried is None else ~carried, m)
-        return (jnp.maximum(F + start, highest) if stabilise else start), m
-
-    m_last, m = jax.lax.scan(pass_m, state.m, jax.tree.map(last, (F, highest, carried)))
-    if reset is not None:
-        finite_m = jnp.isfinite(m)
-        m = jnp.where(finite_m, m, 0)
-    start = m[..., None] if reset is None else jnp.where(carried, m[..., None], 0)
-    base = F + start
-    m_all = jnp.maximum(base, highest) if stabilise else jnp.broadcast_to(start, base.shape)
-    old = jnp.exp(base - m_all)  # weight of the carried memory at each step
-    if reset is not None:
-        old = jnp.where(carried, old, 0)
-    weight = jnp.exp(D - m_all[..., None])
-    written = weight[..., -1, :, None] * k  # what each step leaves in the memory at the end of the chunk
-    C_own = jnp.einsum("nbhjk,nbhjv->nbhkv", written, v, preferred_element_type=m.dtype)
-    n_own = written.sum(axis=3) if normalize else None
-
-    def pass_memory(memory, of_chunk):
-        old, C_own, n_own, given = of_chunk
-        if given is not None:  # a memory that is no number is put back where it is seen: 0 times an infinity is no 0
-            finite_m, carried = given
-            C, n = memory
-            sound = jnp.isfinite(C).all((2, 3)) & jnp.isfinite(n).all(2) & finite_m
-            memory = select(sound, memory, jax.tree.map(jnp.zeros_like, memory))
-        C, n = memory
-        new = old[..., None, None] * C + C_own, old[..., None] * n + n_own if normalize else n
-        if given is None:
-            return new, (C, n, None)
-        lost = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), new)
-        return select(sound | ~carried, new, lost), (C, n, sound)
-
-    given = None if reset is None else (finite_m, last(jnp.broadcast_to(carried, old.shape)))
-    (C_last, n_last), (C, n, sound) = jax.lax.scan(pass_memory, state[:2], (last(old), C_own, n_own, given))
-    P = jnp.einsum("nbhtk,nbhjk->nbhtj", q, k, preferred_element_type=m.dtype) * weight
-    num = jnp.einsum("nbhtk,nbhkv->nbhtv", old[..., None] * q, C) + jnp.einsum("nbhtj,nbhjv->nbhtv", P, v)
-    num = checkpoint_name(num, KEPT)
-    den = old * jnp.einsum("nbhtk,nbhk->nbht", q, n) + P.sum(axis=-1)
-    h = _normalised(num, den, m_all, normalize, eps)
-    if reset is not None:
-        h = jnp.where((sound[..., None] | ~carried)[..., None], h, jnp.nan)
-    return MLSTMState(C_last, n_last, m_last), h
-
-
-KEPT = "numerator"  # of the outputs, for the backward pass: the other products of a chunk have no use there but this
-AT_ONCE = 2**19  # numbers in the matrices of pairs of the chunks that are worked on at once
-
-
-def division(heads: int, memory: int, T: int, chunk_size: int) -> tuple[int, int, int]:
-    """Groups of chunks, chunks of a group, steps of a chunk: equal ones, whose sum is T or a few steps more.
-
-    heads: of all rows together; memory: numbers in that of one. A short sequence is one group, which the gradient does
-    not compute again (0.8 of the time on a CPU); of a long one, or where the memory is larger than a matrix of pairs,
-    each chunk goes alone (groups of several took 1.6 to 2 times as long: they fall out of the cache).
-    """
-    chunks = -(-T // chunk_size)
-    L = -(-T // chunks)
-    together = heads * chunks * L * L <= AT_ONCE and memory <= L * L
-    return (1, chunks, L) if together else (chunks, 1, L)
-
-
 def _chunkwise(inputs, state, chunk_size, options):
-    """A scan over groups of chunks, filled up with steps that neither write nor forget."""
+    """The sequence is filled up with steps that neither write nor forget."""
     B, H, T = inputs.log_i.shape
-    groups, N, L = division(B * H, math.prod(state.C.shape[2:]), T, chunk_size)
+    groups, N, L = mlstm_chunkwise.division(B * H, math.prod(state.C.shape[2:]), T, chunk_size)
+    chunks = groups * N
 
     def cut(a, fill=0):
         axis = _time_axis(a)
-        widths = [(0, groups * N * L - T if n == axis else 0) for n in range(a.ndim)]
+        widths = [(0, chunks * L - T if n == axis else 0) for n in range(a.ndim)]
         a = jnp.pad(a, widths, constant_values=fill) if widths[axis][1] else a
-        a = a.reshape(*a.shape[:axis], groups, N, L, *a.shape[axis + 1 :])
-        return jnp.moveaxis(a, (axis, axis + 1), (0, 1))
+        return jnp.moveaxis(a.reshape(*a.shape[:axis], chunks, L, *a.shape[axis + 1 :]), axis, 0)
 
     parts = jax.tree.map(cut, inputs)._replace(log_i=cut(inputs.log_i, -jnp.inf))
-    run = partial(_chunks, **options)
-    if groups == 1:
-        if N == 1 and target().platform == "cpu":
-            state = state._replace(C=_no_constant(state.C, inputs.k, inputs.v))
-        state, h = run(state, jax.tree.map(lambda a: a[0], parts))
-        h = h[None]
-    else:
-        kept = jax.checkpoint_policies.save_only_these_names(KEPT)
-        state, h = jax.lax.scan(jax.checkpoint(run, policy=kept), state, parts)
-    return jnp.moveaxis(h, (0, 1), (2, 3)).reshape(B, H, groups * N * L, -1)[:, :, :T], state
+    if chunks == 1 and target().platform == "cpu":
+        state = state._replace(C=_no_constant(state.C, inputs.k, inputs.v))
+    h, state = mlstm_chunkwise.run(groups, *parts, state, **options)
+    return jnp.moveaxis(h, 0, 2).reshape(B, H, chunks * L, -1)[:, :, :T], state
 
 
 def _no_constant(C: Array, k: Array, v: Array) -> Array:
@@ -304,31 +206,28 @@ def _no_constant(C: Array, k: Array, v: Array) -> Array:
 class Bytes(NamedTuple):
     """What the chunkwise form sets aside, as in `memory.py`, for groups of N chunks of L steps
 
-        T step + groups memory + N (4 memory + L work + L^2 pairs)
+        T step + groups N memory + N (4 memory + 4 L^2 pair)
 
-    in bytes of a step (inputs and outputs as chunks), of all heads' memories, and of what is worked on for a step and
-    for a pair. numbers: those of one head's memory.
+    in bytes of a step of the inputs (as chunks), of all heads' memories, and of one number a head for a pair of steps.
+    heads: of all rows; numbers: in the memory of one.
     """
 
     heads: int
     numbers: int
     step: int
     memory: int
-    work: int
-    pairs: int
+    pair: int
 
     def total(self, T: int, L: int) -> int:
         """Those for chunks of L steps at most."""
-        groups, N, L = division(self.heads, self.numbers, T, L)
-        return T * self.step + groups * self.memory + N * (4 * self.memory + L * self.work + L * L * self.pairs)
+        groups, N, L = mlstm_chunkwise.division(self.heads, self.numbers, T, L)
+        return T * self.step + groups * N * self.memory + 4 * N * (self.memory + L * L * self.pair)
 
 
 def chunkwise_bytes(inputs: Inputs, state: MLSTMState) -> Bytes:
     """From the shapes."""
-    B, H, T, V = inputs.v.shape
-    step, wide = size(inputs) // T, state.m.dtype.itemsize
-    outputs = B * H * V * wide
-    return Bytes(B * H, math.prod(state.C.shape[2:]), step + 2 * outputs, size(state), step + outputs, 4 * B * H * wide)
+    B, H, T, _ = inputs.q.shape
+    return Bytes(B * H, math.prod(state.C.shape[2:]), size(inputs) // T, size(state), size(state.m))
 
 
 def _time_axis(a: Array) -> int:

@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from .mlstm import Inputs, MLSTMState, denominator
+from .mlstm import Inputs, MLSTMState
+from .mlstm_chunkwise import denominator
 from .pallas_plan import LANES, SUBLANES, vmem_budget
 from .pallas_recurrent import matrix_product
 
@@ -88,7 +89,7 @@ def run(
 
 
 def chunk(plan: Plan, state: MLSTMState, q: Array, k: Array, v: Array, log_i: Array, log_f: Array, segment: Any):
-    """One chunk of one head, as `mlstm._chunks`, in matrices alone: q, k (L, K), v (L, V), gates (1, L), m (1, 1)."""
+    """One chunk of one head, as in `mlstm_chunkwise`, in matrices: q, k (L, K), v (L, V), gates (1, L), m (1, 1)."""
     C, n, m = state
     q, k, v = (a.astype(m.dtype) for a in (q, k, v))
     product = partial(matrix_product, dtype=m.dtype)

@@ -48,9 +48,9 @@ Rule = Callable[..., tuple[State, Array]]
 class Maps:
     """The linear maps of a cell: `project` and `product`."""
 
-    def pull(self, R: Array, like: Array) -> Callable[[Array], Array]:
-        """The transposed map of h -> `product(h, R)`, for an h like this."""
-        return lambda d_r: jax.linear_transpose(lambda h: self.product(h, R), like)(d_r)[0]
+    def pull(self, R: Array, like: Array) -> Callable[[Gates], Array]:
+        """The transposed map of h -> `product(h, R)`, for an h like this, from one array a gate."""
+        return lambda d_r: jax.linear_transpose(lambda h: self.product(h, R), like)(stack(d_r))[0]
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,25 @@ class Dense(Maps):
         if N == 1:
             r = jnp.matmul(h.astype(R.dtype), R.reshape(E, G * F), preferred_element_type=h.dtype)
             return r.reshape(*lead, G, F)
-        h_heads = h.astype(R.dtype).reshape(*lead, N, E)
-        r = jnp.einsum("...ne,negf->...gnf", h_heads, R, preferred_element_type=h.dtype)
-        return r.reshape(*lead, G, N * F)
+        r = jnp.matmul(by_head(h.astype(R.dtype), N), R.reshape(N, E, G * F), preferred_element_type=h.dtype)
+        return jnp.moveaxis(r.reshape(N, *lead, G, F), 0, -2).reshape(*lead, G, N * F)
 
-    def pull(self, R: Float[Array, "N E G F"], like: Float[Array, "*M D"]) -> Callable[[Array], Array]:
-        """That of one head with R turned before the loop, as XLA on a CPU turns it at each step."""
-        if R.shape[0] > 1:
-            return super().pull(R, like)
-        turned = R.reshape(R.shape[1], -1).T
-        return lambda d_r: jnp.matmul(
-            d_r.reshape(*like.shape[:-1], -1).astype(R.dtype), turned, preferred_element_type=like.dtype
-        )
+    def pull(self, R: Float[Array, "N E G F"], like: Float[Array, "*M D"]) -> Callable[[Gates], Array]:
+        """With R turned before the loop, as XLA on a CPU would turn it at each step."""
+        N, E, G, F = R.shape
+        turned = jnp.swapaxes(R.reshape(N, E, G * F), 1, 2)
+
+        def run(d_r):
+            d_r = stack(tuple(by_head(d, N) for d in d_r)).reshape(N, -1, G * F).astype(R.dtype)
+            d_h = jnp.matmul(d_r, turned, preferred_element_type=like.dtype)
+            return jnp.swapaxes(d_h, 0, 1).reshape(like.shape)
+
+        return run
+
+
+def by_head(a: Float[Array, "*M D"], N: int) -> Float[Array, "N M E"]:
+    """Heads first: a product with one matrix a head is then a batched one (on a CPU 2.5 times as fast as `einsum`)."""
+    return jnp.swapaxes(a.reshape(-1, N, a.shape[-1] // N), 0, 1)
 
 
 class Weights(NamedTuple):
@@ -119,8 +126,8 @@ class Spec(NamedTuple):
         """h R in the compute dtype; the cast is here so that gradients of R are summed in R's own dtype."""
         return self.maps.product(h, R.astype(self.dtype))
 
-    def pull(self, R: Array, like: Array) -> Callable[[Array], Array]:
-        """Gradients of the shares to that of an h like this."""
+    def pull(self, R: Array, like: Array) -> Callable[[Gates], Array]:
+        """Gradients of the shares, one array a gate, to that of an h like this."""
         return self.maps.pull(R.astype(self.dtype), like)
 
 
@@ -498,11 +505,10 @@ def _chunks_backward(spec, L, residuals, cotangents):
             pull, pull_inner, d_y, reset = inputs
             dx, dr, du, d_state, dp = pull((d_state, d_y))
             if weights.S is not None:
-                du = stack(du)
                 dx, dr, d_state, dp = jax.tree.map(jnp.add, (dx, dr, d_state, dp), pull_inner(pull_S(du)))
             own = iter(dr)
             dr = tuple(dx[n] if share is None else next(own) for n, share in enumerate(kept.r))
-            d_h = scaled(pull_R(stack(dr)), scale)
+            d_h = scaled(pull_R(dr), scale)
             d_state = emptied(reset, d_state._replace(h=d_state.h + d_h))
             return (d_state, jax.tree.map(jnp.add, d_params, dp)), (dx, None if added_all else dr, du)
 
@@ -511,7 +517,7 @@ def _chunks_backward(spec, L, residuals, cotangents):
         )
         dx, dr = stack(dx), None if added_all else stack(dr)
         d_R = jax.vjp(lambda R: product(kept.state.h, R), weights.R)[1](dx if added_all else dr)[0]
-        d_S = None if v is None else jax.vjp(lambda S: spec.product(v, S), weights.S)[1](du)[0]
+        d_S = None if v is None else jax.vjp(lambda S: spec.product(v, S), weights.S)[1](stack(du))[0]
         d_x_in, d_projection = pull_projection(dx)
         d_projection = d_projection._replace(R=d_R, S=d_S, params=jax.tree.map(jnp.zeros_like, d_params))
         d_weights = jax.tree.map(jnp.add, d_weights._replace(params=d_params), d_projection)
