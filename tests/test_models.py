@@ -177,9 +177,20 @@ def test_bad_input_says_what_is_wrong(case):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("backbone", ["xlstm[3:1]", "xlstm_large"])
-def test_language_models_start_at_the_uniform_loss(backbone, tied):
-    model = models.LM(256, backbone=backbone, dim=128, num_layers=4, tie_weights=tied, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(
+    "backbone, num_layers",
+    [
+        ("lstm", 1),
+        ("lstm_block", 1),
+        ("xlstm[1:0]", 1),
+        ("xlstm[0:1]", 1),
+        ("xlstm[3:1]", 4),
+        ("xlstm_large", 4),
+        ("transformer", 1),
+    ],
+)
+def test_language_models_start_at_the_uniform_loss(backbone, num_layers, tied):
+    model = models.LM(256, backbone=backbone, dim=128, num_layers=num_layers, tie_weights=tied, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 64)))
 
     @jax.jit
