@@ -11,7 +11,8 @@ from experiments.planning import override
 MODELS = {
     "LSTM": {"model.backbone": "lstm", "model.dim": 416, "model.num_layers": 1, "+model.embedding_dim": 128},
     # AWD-LSTM (Merity et al. 2017, arXiv:1708.01009): tied weights, weight drop, AR and TAR; the rates for little data
-    # and a small model are a tenth to a half of the paper's
+    # and a small model are a tenth to a half of the paper's; its dropout of whole tokens (`embedding_dropout`) and
+    # wider inner layers (`inner_dim`) are left out
     "AWD-LSTM": {
         "model.backbone": "lstm",
         "model.dim": 240,

@@ -191,7 +191,7 @@ def _model_options() -> dict[str, Any]:
     """Every option that some model, cell or mixer takes, and its annotation."""
     makers = (models.LM, models.Tagger, models.FeatureTagger, *cells.CELLS.values())
     makers += (blocks.MLSTMLayer, blocks.SLSTMLayer, attention.Attention)
-    found = {"slstm_conv_width": int, "layer_remat": str}
+    found = {"slstm_conv_width": int, "slstm_at": list, "inner_dim": int, "layer_remat": str}
     for each in (parent for maker in makers for parent in maker.__mro__ if parent.__module__.startswith("xlstm_jax")):
         given = _annotations(each.__init__)
         found |= {name: kind for name, kind in given.items() if found.get(name) in (None, inspect.Parameter.empty)}

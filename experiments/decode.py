@@ -6,13 +6,18 @@
     --out=results/decode       rows (decode.jsonl), a table (decode.md) and a figure (decode.png)
 
 A recurrent model generates all tokens one after another; its time at a length is the median over the second half of
-them. A Transformer that is to look back on L tokens has a cache of L, all of which every step reads: at each length a
-model with that cache is timed for a few blocks of tokens. Weights are random, tokens the likeliest. Rows of backbones
-that are not timed now stay. Memory is that of the state, which is all that a step hands to the next.
+them, each block of 16 as fast as in the best of three rounds. A Transformer that is to look back on L tokens has a
+cache of L, all of which every step reads: at each length a model with that cache is timed for a few blocks of tokens.
+Weights are random, tokens the likeliest. Rows of backbones that are not timed now stay. Memory:
+
+    state     all that a step hands to the next, by its shapes
+    program   what the compiled block of tokens needs, as the compiler says: weights, state, results and temporaries
+    in use    what the device has allocated after so many tokens (a CPU: what the process holds, JAX itself included)
 """
 
 import json
 import math
+import resource
 import sys
 import time
 from pathlib import Path
@@ -26,13 +31,14 @@ from experiments import command
 from experiments.bench import writable
 from experiments.evaluate import numbers
 from xlstm_jax import metrics, models
-from xlstm_jax.generate import GREEDY, stream
+from xlstm_jax.generate import GREEDY, compiled_block, stream
 
 BACKBONES = ("lstm", "xlstm[1:0]", "xlstm[1:1]", "transformer")
 LENGTHS = "128,256,512,1024,2048,4096,8192,16384"
 VOCABULARY = 256
 BLOCK = 16  # tokens of one time
 BLOCKS = 5  # that a Transformer is timed for
+ROUNDS = 3  # over the same tokens; what else the machine does disturbs some of them
 
 
 def build(backbone: str, dim: int, num_layers: int, context: int) -> models.LM:
@@ -47,34 +53,58 @@ def state_bytes(model: models.LM, batch_size: int) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def block_seconds(model: models.LM, batch_size: int, length: int) -> list[float]:
-    """Seconds of each block of BLOCK tokens but the first, which begins with the prompt."""
+def program_bytes(model: models.LM, batch_size: int) -> int:
+    """Of the compiled block of tokens; a state that is written in place counts once."""
+    memory = compiled_block(model, batch_size, GREEDY, block=BLOCK).memory_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return kept + memory.temp_size_in_bytes
+
+
+def bytes_in_use() -> int:
+    """Allocated on the device now, or where it does not count that, held by this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        return stats["bytes_in_use"]
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def blocks(model: models.LM, batch_size: int, length: int) -> list[tuple[float, int]]:
+    """Of each block of BLOCK tokens but the first, which begins with the prompt: the fewest seconds and most bytes."""
     prompts = [[0]] * batch_size
     for _ in stream(model, prompts, BLOCK, sampling=GREEDY, block=BLOCK):  # compiles
         pass
-    times = [time.perf_counter() for _ in stream(model, prompts, length, sampling=GREEDY, block=BLOCK)]
-    return np.diff(times).tolist()
+    times, used = np.zeros((ROUNDS, length // BLOCK)), np.zeros((ROUNDS, length // BLOCK), np.int64)
+    for each in range(ROUNDS):
+        for number, _ in enumerate(stream(model, prompts, length, sampling=GREEDY, block=BLOCK)):
+            times[each, number], used[each, number] = time.perf_counter(), bytes_in_use()
+    return list(zip(np.diff(times).min(axis=0).tolist(), used.max(axis=0)[1:].tolist()))
 
 
 def measure(backbone: str, lengths: list[int], dim: int, num_layers: int, batch_size: int) -> list[dict[str, Any]]:
-    """A row a length: milliseconds a token, as a ratio to the first length's, and the bytes of the state."""
-    rows, seconds, growing = [], [], backbone == "transformer"
+    """A row a length: milliseconds a token, as a ratio to the first length's, and the bytes of the memory."""
+    rows, found, growing = [], [], backbone == "transformer"
     for length in lengths:
         model = build(backbone, dim, num_layers, length)
         if growing:
-            seconds = block_seconds(model, batch_size, (BLOCKS + 1) * BLOCK)
-        elif not seconds:
-            seconds = block_seconds(model, batch_size, max(lengths) + BLOCK)
-        now = seconds if growing else seconds[length // BLOCK // 2 : length // BLOCK]
+            found = blocks(model, batch_size, (BLOCKS + 1) * BLOCK)
+        elif not found:
+            found = blocks(model, batch_size, max(lengths) + BLOCK)
+        now = found if growing else found[length // BLOCK // 2 : length // BLOCK]
+        milliseconds = float(f"{1e3 * np.median([seconds for seconds, _ in now]) / BLOCK:.4g}")
         row = dict(backbone=backbone, dim=dim, num_layers=num_layers, batch_size=batch_size, length=length)
-        row |= dict(milliseconds=float(f"{1e3 * np.median(now) / BLOCK:.4g}"))
-        row |= dict(ratio=float(f"{row['milliseconds'] / (rows[0] if rows else row)['milliseconds']:.3g}"))
-        rows.append(row | dict(state_bytes=state_bytes(model, batch_size), device=jax.devices()[0].device_kind))
+        row |= dict(milliseconds=milliseconds)
+        row |= dict(ratio=float(f"{milliseconds / (rows[0] if rows else row)['milliseconds']:.3g}"))
+        row |= dict(state_bytes=state_bytes(model, batch_size), program_bytes=program_bytes(model, batch_size))
+        row |= dict(bytes_in_use=now[-1][1], device=jax.devices()[0].device_kind, commit=metrics.commit())
+        rows.append(row)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: for each backbone time a token, its ratio to the first length's, and the state."""
+    """Markdown: for each backbone time a token, its ratio to the first length's, and the memory."""
     lengths = sorted({row["length"] for row in rows})
     lines = ["| | " + " | ".join(f"{n:,}" for n in lengths) + " |", "|---|" + "---:|" * len(lengths)]
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
@@ -83,6 +113,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             ("ms a token", lambda row: f"{row['milliseconds']:.3g}"),
             ("ratio", lambda row: f"{row['ratio']:.2f}"),
             ("state, KiB", lambda row: f"{row['state_bytes'] / 1024:,.0f}"),
+            ("program, MiB", lambda row: f"{row['program_bytes'] / 2**20:,.1f}"),
+            ("in use, MiB", lambda row: f"{row['bytes_in_use'] / 2**20:,.0f}"),
         ):
             cells = (shown(own[n]) if n in own else "–" for n in lengths)
             lines.append(f"| {backbone}, {what} | " + " | ".join(cells) + " |")
@@ -90,19 +122,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]], file: Path) -> None:
-    """Time a token and the state's size over the length."""
+    """Time a token, the state's size and the compiled program's over the length."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    picture, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    picture, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
         own = [row for row in rows if row["backbone"] == backbone]
         x = [row["length"] for row in own]
         axes[0].plot(x, [row["milliseconds"] for row in own], marker="o", markersize=3, label=backbone)
         axes[1].plot(x, [row["state_bytes"] / 2**20 for row in own], marker="o", markersize=3)
-    for axis, label in zip(axes, ("milliseconds a token", "state, MiB")):
+        axes[2].plot(x, [row["program_bytes"] / 2**20 for row in own], marker="o", markersize=3)
+    for axis, label in zip(axes, ("milliseconds a token", "state, MiB", "compiled block of tokens, MiB")):
         axis.set(xlabel="tokens generated", ylabel=label, xscale="log", yscale="log")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)

@@ -21,7 +21,7 @@ from xlstm_jax.evaluate import split_task
 ROOT = Path(__file__).resolve().parents[1]
 ARGS = {
     "configs/bible.py": ("", "demo", "reduced", "reduced,lstm", "demo,debug"),
-    "configs/scaling.py": ("", "xlstm_7b", "lstm_1b", "xlstm_1.3b,debug"),
+    "configs/scaling.py": ("", "xlstm_7b", "lstm_1b", "xlstm[7:1]_125m,debug", "llama_2.7b,debug", "xlstm_1.3b,debug"),
     "configs/shakespeare.py": ("", "reduced", "reduced,xlstm[1:1]", "demo,debug"),
     "configs/papers/lra.py": ("", "reduced", "paper", "paper,text", "reduced,debug"),
     "configs/papers/mqar.py": ("", "reduced", "paper", "long", "extrapolation", "reduced,debug"),

@@ -308,6 +308,8 @@ def test_decoding_is_timed_and_the_transformers_cache_grows(tmp_path, capsys):
     ]
     lstm, _, short, long = (row["state_bytes"] for row in rows)
     assert lstm == 2 * 8 * 4 and long - short == 64 * (2 * 8 + 1) * 4
+    lstm, same, less, more = (row["program_bytes"] for row in rows)
+    assert lstm == same and more - less >= long - short and all(row["bytes_in_use"] > 0 for row in rows)
     assert all(row["milliseconds"] > 0 for row in rows) and rows[0]["ratio"] == rows[2]["ratio"] == 1
     assert "| transformer, state, KiB |" in (tmp_path / "decode.md").read_text() and (tmp_path / "decode.png").exists()
     for argument, message in (("--lengths=16", "at least 64 tokens"), ("--backbone=lsmt", "unknown backbone 'lsmt'")):

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from importlib.util import find_spec
 
 import jax
 import numpy as np
@@ -73,16 +74,18 @@ def test_texts_are_generated():
         adapter().generate_until([asked("ab", {"temprature": 1.0})])
 
 
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed")
+def test_without_the_harness_it_is_said_how_to_get_it():
+    with pytest.raises(ValueError, match="lm-evaluation-harness is missing .*: pip install lm_eval"):
+        harness_model(adapter().model, CODER)
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install -e '.[eval]'")
 def test_the_harness_knows_the_model():
-    model = adapter()
-    try:
-        from lm_eval.api.model import LM
-    except ImportError:
-        with pytest.raises(ValueError, match="lm-evaluation-harness is missing .*: pip install lm_eval"):
-            harness_model(model.model, CODER)
-        return
+    from lm_eval.api.model import LM
     from lm_eval.api.registry import get_model
 
+    model = adapter()
     known = harness_model(model.model, CODER, max_gen_toks=5)
     assert isinstance(known, LM) and get_model("xlstm_jax") is type(known)
     assert known.loglikelihood([asked("ab", "c")]) == model.loglikelihood([asked("ab", "c")])

@@ -85,6 +85,33 @@ def test_dropout_needs_a_key():
     assert abs(float(ones.mean()) - 1) < 0.03 and set(np.unique(ones)) == {0.0, np.float32(1 / 0.75)}
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_dropout_drops_whole_tokens(tied):
+    options = dict(backbone="lstm", dim=8, num_layers=1, tie_weights=tied)
+    plain, model = (models.LM(50, embedding_dropout=rate, rngs=nnx.Rngs(0), **options) for rate in (0.0, 0.4))
+    tokens = jnp.tile(jnp.arange(50), (2, 2))
+    model.backbone = lambda xs, state, *_, key=None: (xs, state)
+    keys = None, jax.random.key(1), jax.random.key(2)
+    whole, one, two = (np.asarray(model.hidden(tokens, None, None, None, key=key)[0]) for key in keys)
+    np.testing.assert_array_equal(whole, plain.embedding(tokens))
+    scale = one[0, :50, 0] / whole[0, :50, 0]
+    np.testing.assert_allclose(one, whole * np.tile(scale, 2)[None, :, None], rtol=1e-6)
+    np.testing.assert_allclose(np.unique(scale.round(4)), [0, 1.6667])
+    assert 10 <= (scale == 0).sum() <= 30 and not np.array_equal(one, two)
+    ys = jax.random.normal(jax.random.key(3), (2, 3, 8))
+    np.testing.assert_array_equal(model.answers(ys, key=jax.random.key(1)), plain.answers(ys))
+
+
+def test_inner_layers_may_be_wider():
+    """AWD-LSTM's 24 million parameters on Penn Treebank (arXiv:1708.02182, table 1)."""
+    options = dict(backbone="lstm", dim=400, inner_dim=1150, num_layers=3, tie_weights=True)
+    params = nnx.state(nnx.eval_shape(lambda: models.LM(10_000, rngs=nnx.Rngs(0), **options)))
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6) == 24
+    model = build(num_layers=4, inner_dim=12)
+    assert [layer.mixer.W.shape for layer in model.backbone.layers] == [(8, 4, 12), *[(12, 4, 12)] * 2, (12, 4, 8)]
+    assert model(jnp.zeros((2, 4), int))[0].shape == (2, 4, 3)
+
+
 def test_first_layer_may_be_narrower():
     model = build(embedding_dim=3)
     assert model.backbone.layers[0].mixer.W.shape == (3, 4, 8) and model.backbone.layers[1].mixer.W.shape == (8, 4, 8)
@@ -99,6 +126,13 @@ BAD = {
     "heads": (lambda: build(backbone="xlstm[0:1]", num_heads=3), "num_heads=3 must divide features=8"),
     "attention heads": (lambda: build(backbone="transformer", num_heads=8), "heads of even width"),
     "embedding": (lambda: build(backbone="transformer", embedding_dim=4), "only bare cells take others"),
+    "inner width": (lambda: build(backbone="lstm_block", inner_dim=4), "inner_dim=4 is for bare cells"),
+    "inner width of nothing": (lambda: build(inner_dim=0), "inner_dim must be at least 1, not 0"),
+    "embedding dropout": (lambda: build(embedding_dropout=1.0), r"embedding_dropout is 1.0: it must lie in \[0, 1\)"),
+    "embedding dropout of numbers": (
+        lambda: build(models.FeatureTagger, embedding_dropout=0.1),
+        "embedding_dropout is for tokens",
+    ),
     "places": (lambda: build(backbone="xlstm", slstm_at=(2,)), r"slstm_at=\(2,\) must be different places from 0 to 1"),
     "places twice": (lambda: build(backbone="xlstm", slstm_at=(1, 1)), "must be different places"),
     "places of a ratio": (lambda: build(backbone="xlstm[1:1]", slstm_at=(0,)), "slstm_at is for backbone='xlstm'"),
@@ -143,9 +177,20 @@ def test_bad_input_says_what_is_wrong(case):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("backbone", ["xlstm[3:1]", "xlstm_large"])
-def test_language_models_start_at_the_uniform_loss(backbone, tied):
-    model = models.LM(256, backbone=backbone, dim=128, num_layers=4, tie_weights=tied, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(
+    "backbone, num_layers",
+    [
+        ("lstm", 1),
+        ("lstm_block", 1),
+        ("xlstm[1:0]", 1),
+        ("xlstm[0:1]", 1),
+        ("xlstm[3:1]", 4),
+        ("xlstm_large", 4),
+        ("transformer", 1),
+    ],
+)
+def test_language_models_start_at_the_uniform_loss(backbone, num_layers, tied):
+    model = models.LM(256, backbone=backbone, dim=128, num_layers=num_layers, tie_weights=tied, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 64)))
 
     @jax.jit

@@ -1,5 +1,6 @@
 """Published weights: layouts, shards, names, shardings, and what does not fit."""
 
+import functools
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from flax import nnx
-from golden_cases import GOLDEN, load
+from golden_cases import GOLDEN, load, names
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
@@ -57,6 +58,26 @@ def test_saved_and_loaded_is_the_same(name, tmp_path):
     assert_same(loaded, model)
     kind = models.LM if "vocab_size" in config else models.BlockStack
     assert nnx.graphdef(nnx.eval_shape(lambda: kind(**config, rngs=nnx.Rngs(0)))) == nnx.graphdef(loaded)
+
+
+LARGE_LAYOUTS = [(form, layout) for form in ("nxai", "hf") for layout in ("single", "fused")]
+BLOCK_LAYOUTS = [("nxai", "vanilla"), ("nxai", "cuda")]
+GOLDEN_SAVED = [
+    (name, *saved)
+    for name in names("xlstm_stack", "xlstm_lm", "xlstm_large", "hf_xlstm")
+    for saved in (BLOCK_LAYOUTS if name.startswith(("xlstm_stack", "xlstm_lm")) else LARGE_LAYOUTS)
+]
+
+
+@functools.cache
+def golden(name):
+    return convert.load_pretrained(GOLDEN / name if name.startswith("hf") else GOLDEN / f"{name}.safetensors")[0]
+
+
+@pytest.mark.parametrize("name, form, layout", GOLDEN_SAVED)
+def test_golden_checkpoints_in_every_layout_that_has_room_for_them(name, form, layout, tmp_path):
+    convert.save_pretrained(golden(name), tmp_path / "model", form, layout=layout)
+    assert_same(convert.load_pretrained(tmp_path / "model")[0], golden(name))
 
 
 def test_layouts_are_told_apart(tmp_path):
@@ -144,6 +165,18 @@ def truncate(folder, name="model.safetensors", keep=-9):
     (folder / name).write_bytes((folder / name).read_bytes()[:keep])
 
 
+def flip_header(folder, name="model.safetensors"):
+    """The first bytes after the header's length."""
+    content = bytearray((folder / name).read_bytes())
+    content[8:24] = bytes(255 - byte for byte in content[8:24])
+    (folder / name).write_bytes(content)
+
+
+def flip_length(folder, name="model.safetensors"):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(bytes(255 - byte for byte in content[:8]) + content[8:])
+
+
 def two_files(folder):
     save_file({HEAD: ZEROS}, folder / "more.safetensors")
 
@@ -170,6 +203,8 @@ BAD = {
     "layout": (lambda f: save_file({"a.b": ZEROS}, f / "model.safetensors"), "unknown layout: .* a.b, .*xLSTMLMModel"),
     "truncated": (truncate, "model.safetensors is truncated or not a safetensors file"),
     "empty file": (lambda f: truncate(f, keep=0), "truncated or not a safetensors file"),
+    "corrupted header": (flip_header, "model.safetensors is truncated or not a safetensors file"),
+    "corrupted length of the header": (flip_length, "model.safetensors is truncated or not a safetensors file"),
     "integers": (lambda f: change(f, {HEAD: np.zeros((2, 2), np.int8)}), "must be floating.* lm_head.weight is I8"),
     "twice": (two_files, "holds lm_head.weight twice"),
     "lost shards": (lost_shard, "lacks gone.safetensors, lost.safetensors"),

@@ -235,6 +235,17 @@ def _blocks(params, rows, length, key, stop, options):
             return
 
 
+def compiled_block(model: nnx.Module, batch_size: int = 1, sampling: Sampling = PLAIN, *, block: int = BLOCK):
+    """The program that writes one block of so many rows, compiled without a weight or state of it being made."""
+    graphdef, params = nnx.split(model)
+    tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
+    y, state = jax.eval_shape(functools.partial(_read, graphdef=graphdef), params, tokens, None, None, None)
+    position, done = (jax.ShapeDtypeStruct((batch_size,), dtype) for dtype in (jnp.int32, bool))
+    carry, stop = Carry(y, state, position, done, None), jax.ShapeDtypeStruct((0,), jnp.int32)
+    options = dict(graphdef=graphdef, sampling=sampling, num_tokens=model.vocab_size, block=block)
+    return _write.lower(params, carry, jax.random.key(0), stop, **options).compile()
+
+
 def generate(
     model: nnx.Module,
     prompts: Sequence | ArrayLike,

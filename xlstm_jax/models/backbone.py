@@ -49,6 +49,7 @@ def backbone(
     num_layers: int,
     *,
     in_features: int | None = None,
+    inner_dim: int | None = None,
     dropout: float = 0.0,
     layer_remat: str = "none",
     dtype: DTypeLike | None = None,
@@ -62,7 +63,8 @@ def backbone(
     `recurrent_init`, `ffn_width` (0: no feed-forward part), `ffn_activation` and `ffn_bias` to the sLSTM blocks, and so
     does what has the prefix "mlstm_" or "slstm_": `slstm_conv_width=0`. "xlstm_large" has `ffn_width` and `norm_eps`.
 
-    `in_features`: width of the inputs where it is not `dim`, for bare cells only (there is no residual connection).
+    `in_features`: width of the inputs where it is not `dim`; `inner_dim`: of all layers but the last. Both are for bare
+    cells only (there is no residual connection). AWD-LSTM's 400-1150-1150-400 has dim=400 and inner_dim=1150.
     """
     ratio = re.fullmatch(r"xlstm\[(\d+):(\d+)\]", name)
     if name not in BACKBONES and not ratio:
@@ -70,6 +72,10 @@ def backbone(
     in_features = in_features or dim
     if in_features != dim and name not in BARE:
         raise ValueError(f"{name} needs inputs of its own width {dim}, not {in_features}; only bare cells take others")
+    if inner_dim is not None and name not in BARE:
+        raise ValueError(f"inner_dim={inner_dim} is for bare cells; all blocks of {name} have its own width {dim}")
+    if inner_dim is not None and inner_dim < 1:
+        raise ValueError(f"inner_dim must be at least 1, not {inner_dim}")
     if dim < 1 or num_layers < 1:
         raise ValueError(f"dim and num_layers must be at least 1, not {dim} and {num_layers}")
     shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -129,10 +135,11 @@ def backbone(
     else:
         kind = name.removesuffix("_block")
         in_block = name != kind
-        pattern = ("first" if in_features != dim else name, *(name,) * (num_layers - 1))
+        widths = (in_features, *(inner_dim or dim,) * (num_layers - 1), dim)
+        pattern = tuple(f"{width} to {following}" for width, following in zip(widths, widths[1:]))
 
         def make(index):
-            mixer = cells.CELLS[kind](dim if index else in_features, dim, **options, **shared)
+            mixer = cells.CELLS[kind](*widths[index : index + 2], **options, **shared)
             if not in_block:
                 return Block(mixer, residual=False, dropout=dropout)
             ffn = feed_forward(round_up(1.3 * dim), "gelu")

@@ -14,7 +14,7 @@ from ..initializers import Initializer, small_init
 from ..kernels import local
 from ..layers import Norm, logits
 from ..names import unknown
-from ..regularizers import check_rates, dropout, split
+from ..regularizers import check_rates, dropout, locked_scale, split
 from ..sharding import gathered
 from .backbone import BARE
 from .backbone import backbone as make_backbone
@@ -64,6 +64,7 @@ class Tagger(Cell):
         norm_scale: float | int = 1.0,
         head_init: Initializer | None = None,
         dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -71,11 +72,14 @@ class Tagger(Cell):
     ):
         """embedding_dim: if not `dim` (bare cells only); options: of the backbone's cells or mixers.
 
+        embedding_dropout: of whole tokens of the vocabulary, the same in all rows and steps (Merity et al. 2017,
+        arXiv:1708.02182, section 4.3); a head tied to the embedding sees all of them.
         final_norm, norm_eps, norm_scale: see `output_norm`; norm_eps is of all norms of "xlstm_large".
         """
-        check_rates(dropout=dropout)
+        check_rates(dropout=dropout, embedding_dropout=embedding_dropout)
         embedding_dim = embedding_dim or dim
-        self.vocab_size, self.num_classes, self.dropout = vocab_size, num_classes, dropout
+        self.vocab_size, self.num_classes = vocab_size, num_classes
+        self.dropout, self.embedding_dropout = dropout, embedding_dropout
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.embedding = nnx.Embed(vocab_size, embedding_dim, embedding_init=small_init(embedding_dim), **shared)
         widths = dict(in_features=embedding_dim, dropout=dropout)
@@ -98,7 +102,11 @@ class Tagger(Cell):
         check_flags(tokens, mask, reset)
         check_tokens(tokens, mask, self.vocab_size)
         keys = split(key, 3)
-        xs = dropout(local.activations(gathered(self.embedding)(tokens)), self.dropout, keys[0])
+        xs = gathered(self.embedding)(tokens)
+        if key is not None and self.embedding_dropout:
+            own = jax.random.fold_in(keys[0], 1)  # models without it draw as they did before there was any
+            xs = xs * locked_scale((self.vocab_size, 1), self.embedding_dropout, own, xs.dtype)[tokens]
+        xs = dropout(local.activations(xs), self.dropout, keys[0])
         return self.backbone(xs, state, mask, reset, key=keys[1])
 
     def features(self, ys: Float[Array, "B T D"], *, key=None) -> Float[Array, "B T D"]:
@@ -150,6 +158,8 @@ class FeatureTagger(Tagger):
         rngs: nnx.Rngs,
         **options,
     ):
+        if options.get("embedding_dropout"):
+            raise ValueError("embedding_dropout is for tokens; real inputs have no embedding")
         width = embedding_dim or (in_features if backbone in BARE else dim)
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         super().__init__(1, num_classes, backbone=backbone, dim=dim, embedding_dim=width, **shared, **options)

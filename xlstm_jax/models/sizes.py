@@ -1,7 +1,11 @@
 """Published sizes as arguments of `LM`: `LM(**SIZES["xlstm_large 7B"], rngs=nnx.Rngs(0))`.
 
 xlstm[1:0], xlstm[7:1], llama   xLSTM paper, arXiv:2405.04517, tables 3 and 7; places of sLSTM blocks: section 4.2
+lstm                            where its ablation begins (table 2): bare LSTMs with 607.8 M parameters, 0.15 M of them
+                                second biases, which are not here
 xlstm_large                     xLSTM 7B, arXiv:2503.13427, and the scaling-law study, arXiv:2510.02228
+
+`configs/scaling.py` trains each of them.
 """
 
 VOCABULARY = 50_304
@@ -36,7 +40,8 @@ def arguments(backbone: str, dim: int, num_layers: int, **options) -> dict:
 
 
 SIZES = (
-    {f"xlstm[1:0] {size}": arguments("xlstm", dim, n, num_heads=4) for size, (dim, n, _) in PAPER.items()}
+    {"lstm 608M": arguments("lstm", 1536, 24)}
+    | {f"xlstm[1:0] {size}": arguments("xlstm", dim, n, num_heads=4) for size, (dim, n, _) in PAPER.items()}
     | {
         f"xlstm[7:1] {size}": arguments("xlstm", dim, n, num_heads=4, slstm_at=places)
         for size, (dim, n, places) in PAPER.items()
