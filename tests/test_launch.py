@@ -18,7 +18,7 @@ from xlstm_jax import metrics
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs/bible.py") + ":reduced,lstm"
 TPU = ["--name=a", "--zone=us-west4-a", "--topology=v5e:16x16"]
 TWO = [*TPU[:2], "--topology=v5e:16x16*2"]
-TRAIN = [f"--config={CONFIG}", "--workdir=gs://bucket/a"]
+TRAIN = [f"--config={CONFIG}", "--workdir=/mnt/bucket/a"]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_a_dry_run_shows_the_commands_of_every_slice(capsys):
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [line[:6] for line in lines] == [["gcloud", "compute", "tpus", "tpu-vm", "ssh", f"a-{n}"] for n in (0, 1)]
     (words,) = {word for word in lines[0] if word.startswith("--command=")}
-    assert f"--config={CONFIG} --workdir=gs://bucket/a --processes=auto --config.steps=7" in words
+    assert f"--config={CONFIG} --workdir=/mnt/bucket/a --processes=auto --config.steps=7" in words
     assert launch.main(["tpu", "create", *TWO, "--spot", "--dry_run"]) == 0
     created = capsys.readouterr().out
     assert "--node-prefix=a --node-count=2 --accelerator-type=v5litepod-256" in created and "--spot" in created
@@ -203,6 +203,7 @@ def test_a_dry_run_shows_the_command_that_a_file_is_for(capsys):
         (["tpu", "run", *TPU, *TRAIN, "--config.+mesh.data=3"], "mesh data=3 does not fit 256 devices: it needs 3"),
         (["tpu", "run", *TPU, "--config=none.py", "--workdir=a"], "--config=none.py: no such Python file"),
         (["tpu", "run", *TPU, *TRAIN, "--config.stepz=3"], "unknown field 'stepz'; nearest: steps"),
+        (["slurm", "script", TRAIN[0], "--workdir=gs://bucket/a"], "gs://bucket/a is not a folder: name the one where"),
         (["tpu", "logs", *TPU, "--host=64"], "--host is 64: there are 64 hosts, counted from 0"),
     ],
 )

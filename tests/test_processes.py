@@ -50,6 +50,37 @@ def test_two_processes_stopped_and_killed(tmp_path, whole):
     assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}
 
 
+OWN_SEED = """
+import sys
+from tests.configs import tiny
+
+def get_config(arg=None):
+    config = tiny.get_config()
+    config.seed = int(sys.argv[-1][-1])  # --processes=HOST:PORT,2,INDEX
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    "config, words, message",
+    [
+        (OWN_SEED, [], "the processes differ in config or code: config.seed is 0 on process 0; 1 on process 1"),
+        (None, ["--config.+mesh.data=3"], "config.mesh: mesh data=3 does not fit 2 devices: it needs 3"),
+    ],
+    ids=["configs", "mesh"],
+)
+def test_two_processes_say_alike_what_is_wrong(config, words, message, tmp_path):
+    """One line on each, and 2."""
+    file = tmp_path / "own.py" if config else "tests/configs/tiny.py"
+    if config:
+        file.write_text(config)
+    words = ["-m", "experiments.train", f"--config={file}", f"--workdir={tmp_path / 'run'}", *words]
+    assert chaos_train.codes(chaos_train.start(2, words, tmp_path, devices=1), 90) == [2, 2]
+    said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
+    errors = [[line for line in each.splitlines() if line.startswith("error: ")] for each in said]
+    assert errors[0] == errors[1] and len(errors[0]) == 1 and message in errors[0][0], said
+
+
 def test_told_at_any_question(tmp_path, whole):
     """Between dispatches, in evaluations, before the first step: the run that goes on is the same to the last digit."""
     again, stops = True, []

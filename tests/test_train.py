@@ -401,6 +401,7 @@ TINY = "--config=tests/configs/tiny.py"
         ([TINY, "--config.stepz=3"], "steps"),
         ([TINY, "--config.+optimizer.betas=3"], "config.optimizer: betas are (3,): two numbers"),
         ([TINY, "--workdir="], "argument --workdir: it is empty: name a folder"),
+        ([TINY, "--workdir=gs://b/a"], "gs://b/a is not a folder: name the one where it is mounted, such as /mnt/b/a"),
         ([TINY, "--workdir=runs/xlstm[1:1]"], "checkpoints cannot be kept under a name with '[', '*' or '?'"),
         ([TINY, "--config.optimizer.learning_rate=nan"], "config.optimizer: learning_rate is nan: it must be positive"),
         ([TINY, "--config.+optimizer.epsilon=-1.0"], "config.optimizer: epsilon is -1.0"),

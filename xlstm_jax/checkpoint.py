@@ -35,7 +35,7 @@ class Checkpoints:
         self._folder = Path(folder).absolute()
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"{self._folder} is a file: checkpoints need a folder of this name")
-        check_run_folder(self._folder)
+        check_run_folder(Path(folder))
         self.warnings: list[str] = []  # of damaged steps that were passed over
         self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(

@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,12 @@ def unknown(what: str, name: object, valid: Iterable[str]) -> str:
 
 
 def check_run_folder(folder: Path) -> None:
-    """ValueError where orbax would take the path for a pattern: it writes checkpoints there that it does not find."""
+    """ValueError where orbax would take the path for a pattern: it writes checkpoints there that it does not find.
+
+    Also where it is the address of a bucket: as a path it is a folder `gs:` beside the code.
+    """
+    if address := re.match(r"([A-Za-z][\w+.-]+):/+(.*)", str(folder)):  # Path has made one "/" of "//"
+        scheme, rest = address.groups()
+        raise ValueError(f"{scheme}://{rest} is not a folder: name the one where it is mounted, such as /mnt/{rest}")
     if glob.has_magic(str(folder.absolute())):
         raise ValueError(f"{folder.absolute()}: checkpoints cannot be kept under a name with '[', '*' or '?'")

@@ -12,7 +12,6 @@ v5e:16x16*2 for two slices. --dry_run prints every command and does nothing.
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 from experiments import command, planning
 from experiments.build import resolve
@@ -35,7 +34,8 @@ def main(argv: list[str]) -> int:
     parser = command.Arguments("launch", __doc__)
     parser.add_argument("where", help=", ".join(ACTIONS))
     parser.add_argument("action", help="; ".join(f"{where}: {', '.join(each)}" for where, each in ACTIONS.items()))
-    for name in ("config", "workdir", "name", "zone", "project", "topology", "image"):
+    parser.add_argument("--workdir", type=command.run_folder)
+    for name in ("config", "name", "zone", "project", "topology", "image"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--restarts", type=int, default=10, help="kubernetes: of the whole set")
@@ -100,10 +100,10 @@ def on_slurm(options) -> int:
         options=options.option,
         workdir=options.workdir,
     )
-    file = Path(options.workdir) / "job.sh"
+    file = options.workdir / "job.sh"
     if options.action == "script" or options.dry_run:
         return show(text, [] if options.action == "script" else ["sbatch", str(file)])
-    Path(options.workdir).mkdir(parents=True, exist_ok=True)
+    options.workdir.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     return execute(["sbatch", str(file)])
 

@@ -1,6 +1,7 @@
 """What every kind of machine is told: which slices, and which command each of their hosts runs."""
 
 import shlex
+from pathlib import Path
 from typing import NamedTuple
 
 from experiments.topology import CORES_IN_NAME, Topology, chips_of
@@ -35,7 +36,7 @@ def accelerator(where: Topology) -> str:
     return f"{HOSTS[where.generation].prefix}-{chips_of(where.shape) * CORES_IN_NAME.get(where.generation, 1)}"
 
 
-def training(config: str, workdir: str, overrides: list[str], python: str = "python") -> list[str]:
+def training(config: str, workdir: Path, overrides: list[str], python: str = "python") -> list[str]:
     """The command of every host; killed and started again, it goes on."""
     words = [python, "-m", "experiments.train", f"--config={config}", f"--workdir={workdir}", "--processes=auto"]
     return [*words, *(f"--config.{each}" for each in overrides)]

@@ -4,6 +4,8 @@ The script asks for the signal some minutes before the time limit, on which the 
 after a preemption, puts the job back into its queue, and the same command goes on from the checkpoint.
 """
 
+from pathlib import Path
+
 from experiments.launch.job import shell
 
 PORT = 12321
@@ -11,7 +13,7 @@ KILLS = 20  # restarts after which a killed process is not one more reason
 
 
 def script(
-    words: list[str], *, name: str, nodes: int, time: str, warning: int, options: list[str], workdir: str
+    words: list[str], *, name: str, nodes: int, time: str, warning: int, options: list[str], workdir: Path
 ) -> str:
     """For sbatch. warning: seconds before the time limit at which the training is told; options: further ones."""
     lines = [
