@@ -5,7 +5,8 @@
     --compile=NAMES                           those also compiled ahead of time (minutes each, libtpu), both ways
     --rows=16                                 a chip, where the batch grows with the chips (weak scaling)
     --batch=6144                              of all chips, where it does not (strong scaling)
-    --out=results/growth                      rows.jsonl: what was compiled stays, formulas are made anew; growth.png
+    --out=results/growth                      rows.jsonl: what was compiled stays until --compile names it and versions
+                                              have changed, formulas are made anew; growth.png
 
 By formula: what is stored, from the sharding of every leaf of the train state; what is sent, with n devices over the
 rows, f of them `fsdp`, and P a weight's bytes in the compute dtype,
@@ -41,6 +42,7 @@ MESH = ["+mesh.data=-1", "mesh.fsdp=8"]
 BATCH = 6144
 SHAPES = [shape for shape in CUBES[1:] if BATCH % math.prod(map(int, shape.split("x"))) == 0]  # 4,096 chips do not
 TOPOLOGIES = ",".join(f"v5p:{shape}" for shape in SHAPES)
+SAME = ("config", "overrides", "scaling", "topology", "batch_size")
 SCALINGS = ("rows grow with the chips", "one batch")
 
 
@@ -94,8 +96,8 @@ def scaled(plain: dict[str, Any], scaling: str, chips: int, rows: int, batch: in
     return plain | {"batch_size": size, "eval_batch_size": size}
 
 
-def same(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(row[name] == other[name] for name in ("config", "overrides", "scaling", "topology", "batch_size"))
+def same(row: dict[str, Any], other: dict[str, Any], names: tuple[str, ...] = (*SAME, "versions")) -> bool:
+    return all(row[name] == other[name] for name in names)
 
 
 @command.exit_code
@@ -125,12 +127,16 @@ def main(argv: list[str]) -> int:
         for place in places:
             small = scaled(plain, scaling, place.chips, options.rows, options.batch)
             formulas.append(about | {"how": "formula"} | on_paper(small, place))
-            if place not in wanted or any(same(row, formulas[-1]) for row in compiled):
+            if place not in wanted:
+                continue
+            now = formulas[-1] | {"versions": plan.versions()}
+            if any(same(row, now) for row in compiled):
                 continue
             said = with_peaks(formulas[-1:], compiled)[0] if compiled else None
             far = said is not None and said["peak_bytes"] > 1.5 * said["limit_bytes"]  # no minutes for a plain answer
             found = None if far else plan.fits(small, place)
             print(f"{place.name}, {scaling}\n{plan.table(found) if found else 'does not fit'}\n", flush=True)
+            compiled = [row for row in compiled if not same(row, now, SAME)]  # of other versions
             if found:
                 compiled.append(about | {"how": "compiled"} | found)
                 metrics.write_atomically(file, lines(compiled))

@@ -75,9 +75,14 @@ def plan(plain: dict[str, Any], where: Topology, hlo: Path | None = None) -> dic
         "collectives": summed(found),
         "in_time_loops": sum(c.count for c in found if c.in_time_loop),
         "compile_seconds": round(seconds, 1),
-        "versions": {name: version(name) for name in ("jax", "libtpu", "flax")},
+        "versions": versions(),
         "commit": metrics.commit(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what a plan depends on."""
+    return {name: version(name) for name in ("jax", "libtpu", "flax")}
 
 
 def priced(parts: Abstract, plain, where: Topology, sizes, state: float, link: float, network: float) -> dict[str, Any]:

@@ -202,6 +202,15 @@ def test_a_shipped_config_keeps_to_its_budget(name):
     assert budgets.differences(BUDGETS[name], budgets.compiled(BUDGETS[name])) == []
 
 
+def test_a_plan_in_words_and_drawn(tmp_path):
+    said = plan.table(BUDGETS["debug"])
+    for words in ("v5e:2x4, 8 chips; mesh {'data': 8}", "0.05 GiB of 16.00 GiB", "7 all-reduce (3.10 MiB)"):
+        assert words in said
+    assert "SLOW" in plan.table(BUDGETS["debug"] | {"in_time_loops": 3}) and "SLOW" not in said
+    plan.figure(list(BUDGETS.values()), tmp_path / "plans.png")
+    assert (tmp_path / "plans.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_shipped_config_has_a_budget_and_keeps_within_a_chip():
     planned = {(b["config"].removeprefix("configs/scaling.py:"), b["topology"]) for b in BUDGETS.values()}
     wanted = [("xlstm_125m", "v5e:4x4"), ("xlstm_1.3b", "v5e:16x16"), ("lstm_1b", "v4:4x4x4")]
@@ -269,6 +278,28 @@ def test_growth_that_cannot_be(argument, words, tmp_path, capsys):
     small = ["--config=configs/scaling.py:xlstm_125m,debug", "--config.mesh.data=-1"]
     assert growth.main([argument, *small, "--topology=v5p:2x2x2", f"--out={tmp_path}"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_growth_compiles_again_what_other_versions_have(tmp_path, monkeypatch):
+    stored, asked = [row for row in ROWS if row["how"] == "compiled"], []
+    file, now = tmp_path / "rows.jsonl", {"versions": stored[0]["versions"]}
+    file.write_text(growth.lines(stored))
+
+    def fits(plain, where):
+        asked.append((where.name, plain["batch_size"]))
+        return stored[0] | now
+
+    monkeypatch.setattr(plan, "fits", fits)
+    monkeypatch.setattr(plan, "versions", lambda: now["versions"])
+    words = [f"--out={tmp_path}", "--topology=v5p:2x2x2,v5p:4x4x4"]
+    assert growth.main([*words, "--compile=v5p:2x2x2"]) == 0 and asked == []
+    rows = metrics.read(file)
+    assert rows[: len(stored)] == stored and (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    places = [(row["topology"], row["scaling"]) for row in rows[len(stored) :]]
+    assert places == [(place, scaling) for scaling in growth.SCALINGS for place in ("v5p:2x2x2", "v5p:4x4x4")]
+    now["versions"] = {"libtpu": "another"}
+    assert growth.main([*words, "--compile=v5p:2x2x2"]) == 0 and asked == [("v5p:2x2x2", 128)]
+    assert [row for row in metrics.read(file) if row["how"] == "compiled"] == [*stored[1:], stored[0] | now]
 
 
 def test_growth_needs_a_compiled_peak():
