@@ -1,7 +1,8 @@
 """A paper's table, ours beside theirs: python -m experiments.table --config=configs/F.py[:arg] --workdir=DIR
 
 Reads DIR/results.jsonl and the config's TABLE; writes DIR/table.md, .csv, .tex and .png, and prints table.md.
-What a cell is made of is in experiments/aggregation.py. TABLE["protocol"], a dictionary of config fields and the
+What a cell is made of is in experiments/aggregation.py. TABLE["row"] and TABLE["column"] name a config field, or a few
+as a tuple: their values are then joined by a slash, "64/4". TABLE["protocol"], a dictionary of config fields and the
 paper's values (a list: all that the paper tried), marks the cells whose runs have others, and says in what.
 """
 
@@ -87,10 +88,10 @@ def check(sweep: Sweep, names: set[str] | None = None) -> dict[str, Any]:
         outside = [value for value in values if value not in table[f"{what}s"]]
         if absent and outside:  # a preset may leave rows out, and a table may leave runs out: both at once is a slip
             raise ValueError(unknown(f"TABLE {what}", absent[0], outside) + f" (values of {table[what]} in the sweep)")
-    for name in table.get("select_over", ()):
-        swept = sorted({name for run in runs for name in run["overrides"]} - {"seed"})
-        if name not in swept:
-            raise ValueError(unknown("TABLE select_over", name, swept))
+    fields = {name for run in runs for name in (*run["overrides"], *flatten(run["config"]))} - {"seed"}
+    for name in table.get("select_over", ()):  # a preset may leave it alone
+        if name not in fields:
+            raise ValueError(unknown("TABLE select_over", name, sorted(fields)))
     for name in table.get("protocol", {}):
         field(runs[0], name)
     sources = [*([table["paper"]] if "paper" in table else []), *table.get("references", [])]
@@ -106,8 +107,10 @@ def check(sweep: Sweep, names: set[str] | None = None) -> dict[str, Any]:
     return table
 
 
-def field(result: dict, name: str) -> str:
-    """A dotted field of a result row's config, the sweep's overrides first."""
+def field(result: dict, name: str | tuple[str, ...]) -> str:
+    """A dotted field of a result row's config, the sweep's overrides first; of several, "one/other"."""
+    if not isinstance(name, str):
+        return "/".join(field(result, each) for each in name)
     value = result["overrides"].get(name)
     if value is None:
         value = result.get("config", {})

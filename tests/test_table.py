@@ -101,6 +101,12 @@ def test_rules_of_the_papers(rule, value, spread, runs):
     assert found.spread == (None if spread is None else pytest.approx(spread))
 
 
+def test_rows_and_columns_of_several_fields():
+    column = {"column": ("task", "steps"), "columns": {"parity/10": "Parity, 10 steps"}, "aggregate": "max"}
+    (place,) = table.cells(PLACE | column, RESULTS)
+    assert place == ("lstm", "parity/10")
+
+
 def test_without_select_a_mean_over_settings_is_refused():
     with pytest.raises(ValueError, match="no 'select': runs of one cell differ in optimizer.learning_rate, and mean"):
         table.cells(PLACE | {"aggregate": "mean"}, RESULTS)
