@@ -3,7 +3,8 @@
 Reads DIR/results.jsonl and the config's TABLE; writes DIR/table.md, .csv, .tex and .png, and prints table.md.
 What a cell is made of is in experiments/aggregation.py. TABLE["row"] and TABLE["column"] name a config field, or a few
 as a tuple: their values are then joined by a slash, "64/4". TABLE["protocol"], a dictionary of config fields and the
-paper's values (a list: all that the paper tried), marks the cells whose runs have others, and says in what.
+paper's values (a list: all that the paper tried; a dictionary: by column), marks the cells whose runs have others, and
+says in what.
 """
 
 import difflib
@@ -30,7 +31,7 @@ def cells(table: dict[str, Any], done: list[dict]) -> dict[tuple[str, str], Cell
     found = {}
     for place, results in places(table, done).items():
         made, runs = aggregation.cell(table, results, number)
-        found[place] = made._replace(reduced=reduced(table, runs))
+        found[place] = made._replace(reduced=reduced(table, runs, place[1]))
     mixed = len({len(each.runs) for each in found.values()}) > 1
     return {place: each._replace(counted=mixed) for place, each in found.items()}
 
@@ -47,10 +48,14 @@ def places(table: dict[str, Any], done: list[dict]) -> dict[tuple[str, str], lis
     return found
 
 
-def reduced(table: dict[str, Any], runs: list[dict]) -> tuple[str, ...]:
+def reduced(table: dict[str, Any], runs: list[dict], column: str) -> tuple[str, ...]:
     """ "steps 1000 (paper: 100000)", … for each field of TABLE["protocol"] that is not the paper's in some run."""
     differing = []
     for name, paper in table.get("protocol", {}).items():
+        if isinstance(paper, dict):
+            if column not in paper:
+                continue
+            paper = paper[column]
         known = [str(value) for value in (paper if isinstance(paper, list | tuple) else [paper])]
         here = dict.fromkeys(field(run, name) for run in runs)
         if any(value not in known for value in here):
@@ -92,8 +97,11 @@ def check(sweep: Sweep, names: set[str] | None = None) -> dict[str, Any]:
     for name in table.get("select_over", ()):  # a preset may leave it alone
         if name not in fields:
             raise ValueError(unknown("TABLE select_over", name, sorted(fields)))
-    for name in table.get("protocol", {}):
+    for name, paper in table.get("protocol", {}).items():
         field(runs[0], name)
+        for column in paper if isinstance(paper, dict) else ():
+            if column not in table["columns"]:
+                raise ValueError(f"protocol of {name}: " + unknown("TABLE column", column, table["columns"]))
     sources = [*([table["paper"]] if "paper" in table else []), *table.get("references", [])]
     for source in sources:
         for row, column in source["values"]:

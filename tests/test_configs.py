@@ -99,6 +99,7 @@ def test_paper_preset_is_the_papers_protocol():
 @pytest.mark.parametrize("file", [file for file in ARGS if "papers" in file])
 def test_table_numbers_belong_to_its_rows_and_columns(file):
     table = planning.load(str(ROOT / file)).module.TABLE
+    assert "protocol" in table or "paper" not in table
     for source in (*([table["paper"]] if "paper" in table else []), *table.get("references", [])):
         assert all(row in table["rows"] and column in table["columns"] for row, column in source["values"])
 

@@ -130,6 +130,12 @@ def test_a_cell_says_its_runs_its_spread_and_what_is_reduced():
     )
 
 
+def test_a_protocol_may_be_that_of_a_column():
+    for paper, differing in (({"parity": 100}, ("steps 10 (paper: 100)",)), ({"majority": 100}, ())):
+        found = table.cells(PLACE | {"aggregate": "max", "protocol": {"steps": paper}}, RESULTS)
+        assert found["lstm", "parity"].reduced == differing
+
+
 def test_four_files(sweep, filled):
     text = table.write(sweep, filled)
     assert text == (filled / "table.md").read_text()
@@ -162,6 +168,7 @@ def test_four_files(sweep, filled):
         ({"select_per": "sede"}, "unknown TABLE select_per 'sede'; nearest: seed"),
         ({"select_over": ["optimizer.rate"]}, "unknown TABLE select_over 'optimizer.rate'"),
         ({"protocol": {"stesp": 3}}, "TABLE names the field 'stesp', which the run"),
+        ({"protocol": {"steps": {"partiy": 3}}}, "protocol of steps: unknown TABLE column 'partiy'; nearest: parity"),
         ({"rows": {"lsmt": "LSTM", "mlstm": "mLSTM"}}, "unknown TABLE row 'lsmt'; nearest: lstm"),
         ({"columns": {"partiy": "Parity"}}, "unknown TABLE column 'partiy'; nearest: parity"),
         ({"baselines": {"chance": {"partiy": 0}}}, "baselines: unknown TABLE column 'partiy'; nearest: parity"),
@@ -220,6 +227,8 @@ def test_the_committed_rows_fit_their_config_and_make_the_committed_table(file, 
     sweep, done = load(source), rows.read(folder)  # a table says which runs are not there yet
     runs = {run.id: (run.overrides, resolve(sweep.config(run))) for run in sweep.runs}
     assert done and all(runs[name] == (row["overrides"], resolve(row["config"])) for name, row in done.items())
+    if "paper" in (made := sweep.module.TABLE) and ":reduced" in source:
+        assert all(cell.reduced for cell in table.cells(made, list(done.values())).values())
 
 
 def test_curves_are_written_from_runs_and_drawn_again_from_their_rows(tmp_path, capsys):
