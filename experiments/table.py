@@ -143,7 +143,7 @@ def notes(table: dict[str, Any], found: dict, sweep: Sweep) -> list[str]:
     counts = sorted({len(cell.runs) for cell in found.values()})
     lines = []
     if counts == [1]:
-        lines.append("Ours: one run a cell.")
+        lines.append(f"Ours: {aggregation.single(table, list(found.values()))}.")
     else:
         over = dict.fromkeys(name for cell in found.values() for name in cell.over)
         lines.append(f"Ours: {aggregation.words(table, list(over))}.")

@@ -130,6 +130,16 @@ def test_a_cell_says_its_runs_its_spread_and_what_is_reduced():
     )
 
 
+def test_one_run_a_cell_says_among_how_many_settings_it_was_chosen():
+    entries = PLACE | {"aggregate": "mean", "select": "valid_score"}
+    runs = [row | {"valid_score": row["valid"]} for row in RESULTS if row["overrides"]["seed"] == 0]
+    chosen, alone = (list(table.cells(entries, each).values()) for each in (runs, runs[:1]))
+    said = "one run a cell, the best of 2 settings (learning_rate) by score on the validation split"
+    assert aggregation.single(entries, chosen) == said
+    assert aggregation.single(entries, [*chosen, *alone]) == f"{said}, where there are several"
+    assert aggregation.single(entries, alone) == "one run a cell"
+
+
 def test_a_protocol_may_be_that_of_a_column():
     for paper, differing in (({"parity": 100}, ("steps 10 (paper: 100)",)), ({"majority": 100}, ())):
         found = table.cells(PLACE | {"aggregate": "max", "protocol": {"steps": paper}}, RESULTS)
