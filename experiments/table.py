@@ -217,6 +217,7 @@ def write(sweep: Sweep, workdir: Path) -> str:
     """Writes the four files; returns the markdown."""
     table = check(sweep)
     rows.check(workdir, sweep)
+    rows.tell_of_a_cut_line(workdir)
     done, ids = rows.read(workdir), {run.id for run in sweep.runs}
     if done and not done.keys() & ids:
         raise ValueError(

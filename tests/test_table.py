@@ -209,6 +209,15 @@ def test_rows_that_the_sweep_has_no_longer_are_left_out_and_counted(sweep, fille
     assert "has 1 finished runs, none of this sweep" in capsys.readouterr().err
 
 
+def test_a_cut_last_line_is_told(sweep, filled, capsys, tmp_path):
+    whole = table.write(sweep, filled)
+    assert not capsys.readouterr().err
+    with open(filled / "results.jsonl", "a") as file:
+        file.write('{"id": "lst')
+    assert table.write(sweep, filled) == whole
+    assert "results.jsonl: its last line was cut, 11 bytes of a row" in capsys.readouterr().err
+
+
 def test_no_rows_no_table_or_another_sweep_end_in_one_line(sweep, filled, capsys, tmp_path):
     arguments = [f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'empty'}"]
     assert table.main(arguments) == 2
