@@ -116,18 +116,26 @@ def check(sweep: Sweep, names: set[str] | None = None) -> dict[str, Any]:
 
 
 def field(result: dict, name: str | tuple[str, ...]) -> str:
-    """A dotted field of a result row's config, the sweep's overrides first; of several, "one/other"."""
-    if not isinstance(name, str):
-        return "/".join(field(result, each) for each in name)
+    """A dotted field of a result row's config; of several, those that the run has: "one/other"."""
+    names = (name,) if isinstance(name, str) else name
+    values = [value for each in names if (value := single_field(result, each)) is not None]
+    if not values:
+        near = difflib.get_close_matches(names[0], flatten(result.get("config", {})), n=1)
+        nearest = f"; nearest: {near[0]}" if near else ""
+        raise ValueError(f"TABLE names the field {name!r}, which the run {result['id']} does not have{nearest}")
+    return "/".join(values)
+
+
+def single_field(result: dict, name: str) -> str | None:
+    """The sweep's override, else the config's value, else None."""
     value = result["overrides"].get(name)
-    if value is None:
-        value = result.get("config", {})
-        for part in name.split("."):
-            if not isinstance(value, dict) or part not in value:
-                near = difflib.get_close_matches(name, flatten(result.get("config", {})), n=1)
-                nearest = f"; nearest: {near[0]}" if near else ""
-                raise ValueError(f"TABLE names the field {name!r}, which the run {result['id']} does not have{nearest}")
-            value = value[part]
+    if value is not None:
+        return str(value)
+    value = result.get("config", {})
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return None
+        value = value[part]
     return str(value)
 
 

@@ -102,7 +102,8 @@ def test_rules_of_the_papers(rule, value, spread, runs):
 
 
 def test_rows_and_columns_of_several_fields():
-    column = {"column": ("task", "steps"), "columns": {"parity/10": "Parity, 10 steps"}, "aggregate": "max"}
+    fields = "task", "folder", "steps"  # no run has a folder
+    column = {"column": fields, "columns": {"parity/10": "Parity, 10 steps"}, "aggregate": "max"}
     (place,) = table.cells(PLACE | column, RESULTS)
     assert place == ("lstm", "parity/10")
 
