@@ -31,6 +31,7 @@ ARGS = {
     "configs/papers/pixels.py": ("", "reduced", "paper", "reduced,mnist", "reduced,debug"),
     "configs/papers/selective_copying.py": ("", "reduced", "paper", "reduced,debug"),
     "configs/papers/tcn_music.py": ("", "reduced", "paper", "reduced,nottingham", "reduced,debug"),
+    "configs/papers/tcn_text.py": ("", "reduced", "paper,ptb", "paper,text8", "reduced,debug"),
     "configs/papers/tcn_synthetic.py": ("", "reduced", "paper", "reduced,copy_memory", "reduced,debug"),
     "configs/papers/scaling_laws.py": ("", "reduced", "paper", "reduced,debug"),
     "configs/papers/xlstm_ablations.py": ("", "reduced", "paper", "reduced,debug"),
