@@ -38,6 +38,7 @@ class Cell(NamedTuple):
     runs: list[float]
     spread: float | None = None  # standard or median absolute deviation
     over: tuple[str, ...] = ()  # the fields that made several settings of the cell's runs
+    settings: int = 1  # how many
     counted: bool = False  # a single run's cell says so, as other cells have more
     reduced: tuple[str, ...] = ()  # in what the protocol is not the paper's
 
@@ -52,7 +53,8 @@ def cell(table: dict[str, Any], results: list[dict], number: Callable[[dict, str
         spread = statistics.stdev(values) if len(values) > 1 else None
     elif rule == "median_mad":
         spread = statistics.median([abs(each - value) for each in values]) if len(values) > 1 else None
-    return Cell(value, values, spread, tuple(select_over(table, results))), runs
+    over = select_over(table, results)
+    return Cell(value, values, spread, tuple(over), len(group(results, over))), runs
 
 
 def centre(table: dict[str, Any]) -> Callable:
@@ -112,6 +114,20 @@ def check(table: dict[str, Any]) -> None:
         raise ValueError(f"TABLE best_of is {count!r}: the rule best_of needs the number of runs, such as 3")
     if table.get("select_per", "cell") not in ("cell", "seed"):
         raise ValueError(unknown("TABLE select_per", table["select_per"], ("cell", "seed")))
+
+
+def single(table: dict[str, Any], found: list[Cell]) -> str:
+    """What "ours" is, for a note, where a cell is one run: of how many settings it is the best."""
+    counts = sorted({cell.settings for cell in found if cell.over})
+    if not counts or "select" not in table:
+        return "one run a cell"
+    of = " or ".join(str(count) for count in counts)
+    names = dict.fromkeys(name.rpartition(".")[2] for cell in found for name in cell.over)
+    few = "" if all(cell.over for cell in found) else ", where there are several"
+    return (
+        f"one run a cell, the best of {of} settings ({', '.join(names)}) by {table['select'].removeprefix('valid_')} on"
+        f" the validation split{few}"
+    )
 
 
 def words(table: dict[str, Any], over: list[str]) -> str:

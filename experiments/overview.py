@@ -16,12 +16,13 @@ from experiments.build import build_model, build_optimizer, build_task, resolve
 from experiments.planning import Sweep
 
 STATES = {"done": "green", "running": "cyan", "failed": "red", "missing": ""}
+ENDED = ("done", "failed")  # what `run` leaves alone
 
 
 def plan(sweep: Sweep, workdir: Path, *, together: bool, memory: bool = True) -> dict[str, Any]:
     """The plan as plain values: {"runs": [...], "groups": [...], "states", "programs", "seconds", "bytes", ...}.
 
-    `seconds` (of the runs that are not done, one after another on one device; None: unknown) come from the config's
+    `seconds` (of the runs that have not ended, one after another on one device; None: unknown) come from the config's
     expected_seconds and the finished runs; `bytes` are those of parameters, gradients and optimiser state, of all the
     runs of a program; activations come on top.
     """
@@ -40,7 +41,7 @@ def plan(sweep: Sweep, workdir: Path, *, together: bool, memory: bool = True) ->
             groups.append({"runs": 0, "left": 0, "parameters": parameters, "bytes_a_run": size})
         group, state = programs[key], states[run.id]
         groups[group]["runs"] += 1
-        groups[group]["left"] += state != "done"
+        groups[group]["left"] += state not in ENDED
         spent = done[run.id].get("wall_seconds") if state == "done" else runner.seconds_for(sweep, run, done)
         changes = {name: value for name, value in run.overrides.items() if name not in constant}
         lines.append(
@@ -49,7 +50,7 @@ def plan(sweep: Sweep, workdir: Path, *, together: bool, memory: bool = True) ->
     for group in groups:
         size, at_once = group["bytes_a_run"], min(group["left"], vectorize.TOGETHER if together else 1)
         group["bytes"] = None if size is None else size * at_once
-    left = [line["seconds"] for line in lines if line["state"] != "done"]
+    left = [line["seconds"] for line in lines if line["state"] not in ENDED]
     return {
         "runs": lines,
         "groups": groups,
@@ -126,8 +127,10 @@ def summary(found: dict[str, Any]) -> list[str]:
         "runs that differ in seed and optimiser numbers are one" if found["vectorized"] else "one for each but the seed"
     )
     lines.append(f"programs to compile: {found['programs']} ({kind})")
-    if any(line["state"] != "done" for line in found["runs"]):
+    if any(line["state"] not in ENDED for line in found["runs"]):
         lines.append(f"time left: {runner.clock_or_unknown(found['seconds'])}, one run after the other")
+    if found["states"]["failed"]:
+        lines.append("failed runs are not counted in these: --retry=failed runs them again")
     if found["bytes"]:
         lines.append(f"memory: {size(found['bytes'])} for parameters, gradients and optimiser of the largest program")
     lines += [f"no longer in the sweep: {name}" for name in found["no_longer_in_the_sweep"]]

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,6 +72,19 @@ def read(workdir: Path) -> dict[str, dict]:
             raise ValueError(f"{workdir / RESULTS}, line {number} is no result row: restore or delete the line")
         found[row["id"]] = row
     return found
+
+
+def tell_of_a_cut_line(workdir: Path) -> None:
+    """One line on stderr if a kill in the middle of a write has cut the last row; `append` removes it."""
+    file = workdir / RESULTS
+    if not file.exists():
+        return
+    with open(file, "rb") as lines:
+        fcntl.flock(lines, fcntl.LOCK_SH)  # nobody is writing now
+        last = lines.read().rpartition(b"\n")[2]
+    if last:
+        words = f"its last line was cut, {len(last)} bytes of a row, and is left out; nothing else is lost"
+        print(f"{file}: {words}", file=sys.stderr)
 
 
 def append(workdir: Path, row: dict[str, Any]) -> None:

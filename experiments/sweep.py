@@ -83,6 +83,7 @@ def run(sweep: Sweep, options: argparse.Namespace, console: Console, run_one=Non
     say(console, headline(sweep.source, sweep.module, configs, workdir))
     accept(sweep, build=run_one is train.run)
     rows.prepare(workdir, sweep)
+    rows.tell_of_a_cut_line(workdir)
     if options.index is not None:
         sweep = sweep._replace(runs=sweep.runs[options.index : options.index + 1])
     if options.retry:
@@ -224,6 +225,7 @@ def main(argv: list[str], run_one=None) -> int:
     if options.action in ("run", "submit"):
         return searched(sweep, options, console, run_one)
     rows.check(options.workdir, sweep)
+    rows.tell_of_a_cut_line(options.workdir)
     if not sweep.runs:
         say(console, "the search has proposed no run yet")
     elif options.action == "plan":

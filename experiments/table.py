@@ -1,8 +1,10 @@
 """A paper's table, ours beside theirs: python -m experiments.table --config=configs/F.py[:arg] --workdir=DIR
 
 Reads DIR/results.jsonl and the config's TABLE; writes DIR/table.md, .csv, .tex and .png, and prints table.md.
-What a cell is made of is in experiments/aggregation.py. TABLE["protocol"], a dictionary of config fields and the
-paper's values (a list: all that the paper tried), marks the cells whose runs have others, and says in what.
+What a cell is made of is in experiments/aggregation.py. TABLE["row"] and TABLE["column"] name a config field, or a few
+as a tuple: their values are then joined by a slash, "64/4". TABLE["protocol"], a dictionary of config fields and the
+paper's values (a list: all that the paper tried; a dictionary: by column), marks the cells whose runs have others, and
+says in what.
 """
 
 import difflib
@@ -29,7 +31,7 @@ def cells(table: dict[str, Any], done: list[dict]) -> dict[tuple[str, str], Cell
     found = {}
     for place, results in places(table, done).items():
         made, runs = aggregation.cell(table, results, number)
-        found[place] = made._replace(reduced=reduced(table, runs))
+        found[place] = made._replace(reduced=reduced(table, runs, place[1]))
     mixed = len({len(each.runs) for each in found.values()}) > 1
     return {place: each._replace(counted=mixed) for place, each in found.items()}
 
@@ -46,10 +48,14 @@ def places(table: dict[str, Any], done: list[dict]) -> dict[tuple[str, str], lis
     return found
 
 
-def reduced(table: dict[str, Any], runs: list[dict]) -> tuple[str, ...]:
+def reduced(table: dict[str, Any], runs: list[dict], column: str) -> tuple[str, ...]:
     """ "steps 1000 (paper: 100000)", … for each field of TABLE["protocol"] that is not the paper's in some run."""
     differing = []
     for name, paper in table.get("protocol", {}).items():
+        if isinstance(paper, dict):
+            if column not in paper:
+                continue
+            paper = paper[column]
         known = [str(value) for value in (paper if isinstance(paper, list | tuple) else [paper])]
         here = dict.fromkeys(field(run, name) for run in runs)
         if any(value not in known for value in here):
@@ -87,12 +93,15 @@ def check(sweep: Sweep, names: set[str] | None = None) -> dict[str, Any]:
         outside = [value for value in values if value not in table[f"{what}s"]]
         if absent and outside:  # a preset may leave rows out, and a table may leave runs out: both at once is a slip
             raise ValueError(unknown(f"TABLE {what}", absent[0], outside) + f" (values of {table[what]} in the sweep)")
-    for name in table.get("select_over", ()):
-        swept = sorted({name for run in runs for name in run["overrides"]} - {"seed"})
-        if name not in swept:
-            raise ValueError(unknown("TABLE select_over", name, swept))
-    for name in table.get("protocol", {}):
+    fields = {name for run in runs for name in (*run["overrides"], *flatten(run["config"]))} - {"seed"}
+    for name in table.get("select_over", ()):  # a preset may leave it alone
+        if name not in fields:
+            raise ValueError(unknown("TABLE select_over", name, sorted(fields)))
+    for name, paper in table.get("protocol", {}).items():
         field(runs[0], name)
+        for column in paper if isinstance(paper, dict) else ():
+            if column not in table["columns"]:
+                raise ValueError(f"protocol of {name}: " + unknown("TABLE column", column, table["columns"]))
     sources = [*([table["paper"]] if "paper" in table else []), *table.get("references", [])]
     for source in sources:
         for row, column in source["values"]:
@@ -106,17 +115,27 @@ def check(sweep: Sweep, names: set[str] | None = None) -> dict[str, Any]:
     return table
 
 
-def field(result: dict, name: str) -> str:
-    """A dotted field of a result row's config, the sweep's overrides first."""
+def field(result: dict, name: str | tuple[str, ...]) -> str:
+    """A dotted field of a result row's config; of several, those that the run has: "one/other"."""
+    names = (name,) if isinstance(name, str) else name
+    values = [value for each in names if (value := single_field(result, each)) is not None]
+    if not values:
+        near = difflib.get_close_matches(names[0], flatten(result.get("config", {})), n=1)
+        nearest = f"; nearest: {near[0]}" if near else ""
+        raise ValueError(f"TABLE names the field {name!r}, which the run {result['id']} does not have{nearest}")
+    return "/".join(values)
+
+
+def single_field(result: dict, name: str) -> str | None:
+    """The sweep's override, else the config's value, else None."""
     value = result["overrides"].get(name)
-    if value is None:
-        value = result.get("config", {})
-        for part in name.split("."):
-            if not isinstance(value, dict) or part not in value:
-                near = difflib.get_close_matches(name, flatten(result.get("config", {})), n=1)
-                nearest = f"; nearest: {near[0]}" if near else ""
-                raise ValueError(f"TABLE names the field {name!r}, which the run {result['id']} does not have{nearest}")
-            value = value[part]
+    if value is not None:
+        return str(value)
+    value = result.get("config", {})
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return None
+        value = value[part]
     return str(value)
 
 
@@ -132,7 +151,7 @@ def notes(table: dict[str, Any], found: dict, sweep: Sweep) -> list[str]:
     counts = sorted({len(cell.runs) for cell in found.values()})
     lines = []
     if counts == [1]:
-        lines.append("Ours: one run a cell.")
+        lines.append(f"Ours: {aggregation.single(table, list(found.values()))}.")
     else:
         over = dict.fromkeys(name for cell in found.values() for name in cell.over)
         lines.append(f"Ours: {aggregation.words(table, list(over))}.")
@@ -206,6 +225,7 @@ def write(sweep: Sweep, workdir: Path) -> str:
     """Writes the four files; returns the markdown."""
     table = check(sweep)
     rows.check(workdir, sweep)
+    rows.tell_of_a_cut_line(workdir)
     done, ids = rows.read(workdir), {run.id for run in sweep.runs}
     if done and not done.keys() & ids:
         raise ValueError(

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import overview, planning
+from experiments import aggregation, overview, planning
 from experiments.build import abstract_model, build_model, build_optimizer, build_task, resolve, step_options
 from experiments.table import check as check_table
+from experiments.table import places
 from tests.small_data import images, music
 from xlstm_jax import models, train
 from xlstm_jax.data import lookup
@@ -30,6 +31,7 @@ ARGS = {
     "configs/papers/pixels.py": ("", "reduced", "paper", "reduced,mnist", "reduced,debug"),
     "configs/papers/selective_copying.py": ("", "reduced", "paper", "reduced,debug"),
     "configs/papers/tcn_music.py": ("", "reduced", "paper", "reduced,nottingham", "reduced,debug"),
+    "configs/papers/tcn_text.py": ("", "reduced", "paper,ptb", "paper,text8", "reduced,debug"),
     "configs/papers/tcn_synthetic.py": ("", "reduced", "paper", "reduced,copy_memory", "reduced,debug"),
     "configs/papers/scaling_laws.py": ("", "reduced", "paper", "reduced,debug"),
     "configs/papers/xlstm_ablations.py": ("", "reduced", "paper", "reduced,debug"),
@@ -98,8 +100,30 @@ def test_paper_preset_is_the_papers_protocol():
 @pytest.mark.parametrize("file", [file for file in ARGS if "papers" in file])
 def test_table_numbers_belong_to_its_rows_and_columns(file):
     table = planning.load(str(ROOT / file)).module.TABLE
+    assert "protocol" in table or "paper" not in table
     for source in (*([table["paper"]] if "paper" in table else []), *table.get("references", [])):
         assert all(row in table["rows"] and column in table["columns"] for row, column in source["values"])
+
+
+@pytest.mark.parametrize("file", [file for file in ARGS if "papers" in file])
+def test_no_cell_mixes_runs_of_different_tasks(file):
+    """A length or a number of pairs belongs to a row or a column: the best of several would be nobody's number."""
+    for preset in planning.load(str(ROOT / file)).module.PRESETS:
+        sweep = planning.load(f"{ROOT / file}:{preset}")
+        config = sweep.base.to_dict()
+        runs = [{"id": run.id, "overrides": run.overrides, "config": config} for run in sweep.runs]
+        for place, cell in places(sweep.module.TABLE, runs).items():
+            mixed = [name for name in aggregation.select_over({}, cell) if name.startswith(("task.", "+task."))]
+            assert not mixed, (preset, place)
+
+
+def test_recall_is_selected_over_the_learning_rates_alone():
+    for preset, cells, runs in (("paper", 6 * 3 * 4, 4), ("long", 6 * 9 * 3, 4), ("extrapolation", 6 * 3 * 3, 4)):
+        sweep = planning.load(f"{ROOT / 'configs/papers/mqar.py'}:{preset}")
+        done = [{"id": run.id, "overrides": run.overrides, "config": sweep.base.to_dict()} for run in sweep.runs]
+        found = places(sweep.module.TABLE, done)
+        assert len(found) == cells and {len(cell) for cell in found.values()} == {runs}
+        assert {*aggregation.select_over(sweep.module.TABLE, done)} == {"optimizer.learning_rate"}
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,8 @@ def test_a_killed_worker_is_replaced_and_a_run_that_kills_each_has_failed(plan, 
     )
     states = [rows.state(workdir, run, {}) for run in plan.runs]
     assert states == ["failed", "failed", "missing", "missing"]
-    assert "killed (SIGKILL) 2 times" in rows.error_file(workdir, plan.runs[0]).read_text()
+    error = rows.error_file(workdir, plan.runs[0]).read_text()
+    assert "killed (SIGKILL) 2 times" in error and f"its log: {workdir / 'logs' / 'worker-0.txt'}" in error
     assert out.getvalue().count("another takes its place") == 4
 
 
@@ -219,6 +220,13 @@ def test_only_what_is_missing_and_not_queued_is_submitted(plan, tmp_path, monkey
     queue.remove("0_0")  # it ended without a result
     slurm.submit(plan, workdir, ["worker"], {}, console)
     assert started[1:] == [[f"--only={names[1]}", f"--only={names[2]}"]]
+
+
+def test_nothing_is_started_where_nothing_is_missing(tmp_path, monkeypatch, capsys):
+    assert start("run", tmp_path) == 0
+    monkeypatch.setattr(local.subprocess, "Popen", None)
+    assert start("submit", tmp_path, "--launcher=local") == 0
+    assert "nothing to submit: each run is done" in capsys.readouterr().out
 
 
 def test_the_live_table_keeps_to_the_screen(plan, tmp_path):

@@ -78,20 +78,21 @@ def test_the_plan_counts_programs_time_and_memory(source, tmp_path):
     rows.error_file(workdir, plan.runs[1]).write_text("why")
     found = overview.plan(plan, workdir, together=True)
     assert found["states"] == {"done": 1, "running": 0, "failed": 1, "missing": 6}
-    assert found["programs"] == 2 and overview.plan(plan, workdir, together=False, memory=False)["programs"] == 4
+    assert found["programs"] == 2 and overview.plan(plan, workdir, together=False, memory=False)["programs"] == 3
     assert found["constant"] == {"task.num_eval": 4}
     assert found["runs"][0]["seconds"] == 30.0 and found["runs"][4]["seconds"] == 60.0  # 20, and the first took 3 x 10
-    assert found["seconds"] == 3 * 30 + 4 * 60
+    assert found["seconds"] == 2 * 30 + 4 * 60  # the failed run waits for --retry
     lstm, gru = found["groups"]
-    assert (lstm["runs"], lstm["left"], gru["left"]) == (4, 3, 4)
+    assert (lstm["runs"], lstm["left"], gru["left"]) == (4, 2, 4)
     # parameters and gradients, Adam's two moments, two counts and the learning rate: 4 bytes each
-    assert lstm["bytes_a_run"] == 4 * (4 * lstm["parameters"] + 3) and lstm["bytes"] == 3 * lstm["bytes_a_run"]
+    assert lstm["bytes_a_run"] == 4 * (4 * lstm["parameters"] + 3) and lstm["bytes"] == 2 * lstm["bytes_a_run"]
     assert found["bytes"] == max(lstm["bytes"], gru["bytes"])
     out = io.StringIO()
     overview.show(found, Console(file=out))
     text = out.getvalue()
     assert all(run.id in text for run in plan.runs) and "backbone=gru, learning_rate=0.01, seed=1" in text
-    assert "programs to compile: 2" in text and "all runs: task.num_eval=4" in text and "about 5:30" in text
+    assert "programs to compile: 2" in text and "all runs: task.num_eval=4" in text and "about 5:00" in text
+    assert "failed runs are not counted in these" in text
 
 
 def test_the_plan_of_many_runs_is_one_line_each_and_json(source, tmp_path, capsys):

@@ -116,13 +116,18 @@ def test_an_interrupted_sweep_goes_on(config, tmp_path, capsys):
     assert trainer.calls == ["b0", "b1"]
 
 
-def test_a_line_cut_by_a_kill_is_repaired_and_no_row_doubles(config, tmp_path):
+def test_a_line_cut_by_a_kill_is_repaired_and_no_row_doubles(config, tmp_path, capsys):
     start("run", config, tmp_path / "w")
     file = tmp_path / "w" / "results.jsonl"
     whole = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(whole[:3]) + whole[3][:20])
+    said = f"{file}: its last line was cut, 20 bytes of a row, and is left out; nothing else is lost\n"
     trainer = Trainer()
-    assert start("run", config, tmp_path / "w", trainer=trainer) == 0
+    capsys.readouterr()
+    for action in ("status", "plan", "run"):
+        assert start(action, config, tmp_path / "w", trainer=trainer) == 0
+        assert capsys.readouterr().err == said
+    assert start("status", config, tmp_path / "w") == 0 and not capsys.readouterr().err
     assert trainer.calls == ["b1"]
     assert len(file.read_bytes().splitlines()) == 4
     before = file.read_bytes()

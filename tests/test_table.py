@@ -101,6 +101,13 @@ def test_rules_of_the_papers(rule, value, spread, runs):
     assert found.spread == (None if spread is None else pytest.approx(spread))
 
 
+def test_rows_and_columns_of_several_fields():
+    fields = "task", "folder", "steps"  # no run has a folder
+    column = {"column": fields, "columns": {"parity/10": "Parity, 10 steps"}, "aggregate": "max"}
+    (place,) = table.cells(PLACE | column, RESULTS)
+    assert place == ("lstm", "parity/10")
+
+
 def test_without_select_a_mean_over_settings_is_refused():
     with pytest.raises(ValueError, match="no 'select': runs of one cell differ in optimizer.learning_rate, and mean"):
         table.cells(PLACE | {"aggregate": "mean"}, RESULTS)
@@ -122,6 +129,22 @@ def test_a_cell_says_its_runs_its_spread_and_what_is_reduced():
     assert (
         said == "mean ± standard deviation over the seeds (number of runs); learning_rate chosen by valid for each cell"
     )
+
+
+def test_one_run_a_cell_says_among_how_many_settings_it_was_chosen():
+    entries = PLACE | {"aggregate": "mean", "select": "valid_score"}
+    runs = [row | {"valid_score": row["valid"]} for row in RESULTS if row["overrides"]["seed"] == 0]
+    chosen, alone = (list(table.cells(entries, each).values()) for each in (runs, runs[:1]))
+    said = "one run a cell, the best of 2 settings (learning_rate) by score on the validation split"
+    assert aggregation.single(entries, chosen) == said
+    assert aggregation.single(entries, [*chosen, *alone]) == f"{said}, where there are several"
+    assert aggregation.single(entries, alone) == "one run a cell"
+
+
+def test_a_protocol_may_be_that_of_a_column():
+    for paper, differing in (({"parity": 100}, ("steps 10 (paper: 100)",)), ({"majority": 100}, ())):
+        found = table.cells(PLACE | {"aggregate": "max", "protocol": {"steps": paper}}, RESULTS)
+        assert found["lstm", "parity"].reduced == differing
 
 
 def test_four_files(sweep, filled):
@@ -156,6 +179,7 @@ def test_four_files(sweep, filled):
         ({"select_per": "sede"}, "unknown TABLE select_per 'sede'; nearest: seed"),
         ({"select_over": ["optimizer.rate"]}, "unknown TABLE select_over 'optimizer.rate'"),
         ({"protocol": {"stesp": 3}}, "TABLE names the field 'stesp', which the run"),
+        ({"protocol": {"steps": {"partiy": 3}}}, "protocol of steps: unknown TABLE column 'partiy'; nearest: parity"),
         ({"rows": {"lsmt": "LSTM", "mlstm": "mLSTM"}}, "unknown TABLE row 'lsmt'; nearest: lstm"),
         ({"columns": {"partiy": "Parity"}}, "unknown TABLE column 'partiy'; nearest: parity"),
         ({"baselines": {"chance": {"partiy": 0}}}, "baselines: unknown TABLE column 'partiy'; nearest: parity"),
@@ -186,6 +210,15 @@ def test_rows_that_the_sweep_has_no_longer_are_left_out_and_counted(sweep, fille
     assert "has 1 finished runs, none of this sweep" in capsys.readouterr().err
 
 
+def test_a_cut_last_line_is_told(sweep, filled, capsys, tmp_path):
+    whole = table.write(sweep, filled)
+    assert not capsys.readouterr().err
+    with open(filled / "results.jsonl", "a") as file:
+        file.write('{"id": "lst')
+    assert table.write(sweep, filled) == whole
+    assert "results.jsonl: its last line was cut, 11 bytes of a row" in capsys.readouterr().err
+
+
 def test_no_rows_no_table_or_another_sweep_end_in_one_line(sweep, filled, capsys, tmp_path):
     arguments = [f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'empty'}"]
     assert table.main(arguments) == 2
@@ -214,6 +247,8 @@ def test_the_committed_rows_fit_their_config_and_make_the_committed_table(file, 
     sweep, done = load(source), rows.read(folder)  # a table says which runs are not there yet
     runs = {run.id: (run.overrides, resolve(sweep.config(run))) for run in sweep.runs}
     assert done and all(runs[name] == (row["overrides"], resolve(row["config"])) for name, row in done.items())
+    if "paper" in (made := sweep.module.TABLE) and ":reduced" in source:
+        assert all(cell.reduced for cell in table.cells(made, list(done.values())).values())
 
 
 def test_curves_are_written_from_runs_and_drawn_again_from_their_rows(tmp_path, capsys):

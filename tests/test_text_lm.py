@@ -12,6 +12,7 @@ from experiments import data as script
 from experiments import generate as generate_script
 from experiments import train as train_script
 from experiments.build import build_task, resolve
+from experiments.planning import ROOT, load
 from tests.configs import tiny
 from xlstm_jax import tasks
 from xlstm_jax.data import lookup, tokenizers
@@ -61,6 +62,17 @@ def test_characters_are_fewer_ids_for_the_same_text(text):
     )
     scores = task.metrics({"nll": 3 * math.log(2), "correct": 1.0, "weight": 2.0})
     assert scores == pytest.approx({"loss": 1.5 * math.log(2), "perplexity": 2**1.5, "bits_per_character": 1.5})
+
+
+def test_words_of_a_folder_as_the_penn_treebank_has_them(tmp_path):
+    for split, words in (("train", "the cat <unk> N"), ("valid", "the dog"), ("test", "the cat")):
+        (tmp_path / f"{split}.txt").write_text(f" {words} \n" * 10)
+    config = load(f"{ROOT}/configs/papers/tcn_text.py:demo,ptb,debug", [f"task.corpus=file:{tmp_path}"]).base
+    task = build_task(resolve(config))
+    assert task.vocab_size == 5  # <unk>, the line end, N, cat, the
+    assert task.coder.decode(task.batch("valid", 0, 0, 1).inputs[0]).endswith("\nthe <unk>\nthe <unk>\n")
+    scores = task.metrics({"nll": 2 * math.log(8), "correct": 0.0, "weight": 2.0})
+    assert scores == pytest.approx({"loss": math.log(8), "perplexity": 8.0})
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -71,6 +71,21 @@ def test_sizes_and_ends(make):
     assert tokenizers.make("ids:50257").vocab_size == 50257
 
 
+def test_words(tmp_path):
+    text = "the cat <unk>\n the  dog\n\nthe cat\n"
+    coder = tokenizers.make("words", [text.encode()])
+    assert coder.encode(text).tolist() == [2, 3, 0, 1, 2, 4, 1, 1, 2, 3, 1]  # <unk>, then by count and code points
+    assert coder.decode(coder.encode(text)) == "the cat <unk>\nthe dog\n\nthe cat\n"
+    assert coder.encode("a dog").tolist() == [0, 4] and (coder.vocab_size, coder.end) == (5, None)
+    few = tokenizers.make("words:3", [text.encode()])
+    assert few.vocab_size == 3 and few.decode(few.encode("the dog\n")) == "the <unk>\n"
+    for each in (coder, few):
+        tokenizers.save(each, tmp_path / each.name)
+        again = tokenizers.load(tmp_path / each.name)
+        assert again == each and again.name == each.name
+        np.testing.assert_array_equal(again.encode(text), each.encode(text))
+
+
 def test_an_end_written_in_a_text_is_text(make):
     tokenizer = make("bpe:300")
     ids = tokenizer.encode("a<|endoftext|>b")
@@ -112,6 +127,8 @@ def test_bpe_is_the_same_each_time_and_knows_its_training_text_only(make, tmp_pa
         ("bpe:", "'bpe:': write bpe:SIZE"),
         ("bpe:-1", "'bpe:-1': write bpe:SIZE"),
         ("ids:0", "'ids:0': write ids:SIZE"),
+        ("words:none", "'words:none': write words:SIZE"),
+        ("words", "tokenizer 'words': the training text is empty"),
         ("file:none.json", "cannot read tokenizer file none.json: No such file"),
         ("characters", "the training text is empty"),
     ],

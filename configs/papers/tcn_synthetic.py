@@ -156,6 +156,7 @@ TABLE = dict(
         },
         missing="shown as curves only",
     ),
+    protocol={"optimizer.name": {"200": "sgd for the LSTM"}, "steps": "not given"},  # T > 200: Adam, or not given
     differences="Paper: the LSTM's layers, width, dropout, clip and forget bias as here (the GRU's are not known), "
     "SGD, RMSprop or Adam, models of 70 thousand (adding) and 16 thousand parameters. Here: Adam with cosine decay "
     "from learning rates {swept[optimizer.learning_rate]}, {swept[steps]} steps of batch {config[batch_size]} of fresh "

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rich.console import Console
+
 from experiments import rows, runner
 from experiments.planning import Run, Sweep, parse_override
 from xlstm_jax import metrics
@@ -81,10 +83,14 @@ def queued(workdir: Path) -> set[str]:
     return found
 
 
-def to_submit(sweep: Sweep, workdir: Path) -> list[Run]:
-    """What nobody has done, does, or will do."""
+def to_submit(sweep: Sweep, workdir: Path, console: Console) -> list[Run]:
+    """What nobody has done, does, or will do; says so if that is nothing."""
     done, waiting = rows.read(workdir), queued(workdir)
-    return [run for run in sweep.runs if rows.state(workdir, run, done) == "missing" and run.id not in waiting]
+    found = [run for run in sweep.runs if rows.state(workdir, run, done) == "missing" and run.id not in waiting]
+    if not found:
+        words = "nothing to submit: each run is done, has failed, runs, or waits in a queue"
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
+    return found
 
 
 def shares(runs: list[Run], size: int) -> list[list[Run]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments import rows, status
+from experiments import launchers, rows, status
 from experiments.planning import ROOT, Run, Sweep
 
 OPTIONS = {
@@ -52,6 +52,8 @@ def run(
 
 def submit(sweep: Sweep, workdir: Path, command: list[str], options: dict, console: Console) -> None:
     """The same in a process of its own, which survives this one."""
+    if not launchers.to_submit(sweep, workdir, console):
+        return
     flags = [f"--launcher_option={name}={value}" for name, value in options.items()]
     log = workdir / "logs" / "launcher.txt"
     with open(log, "ab") as file:
@@ -114,7 +116,7 @@ class Pool:
             self._start(index)
 
     def _start(self, index: int) -> None:
-        with open(self._workdir / "logs" / f"worker-{index}.txt", "ab") as log:
+        with open(self._log(index), "ab") as log:
             self._processes[index] = subprocess.Popen(
                 [*self._command, f"--worker={index}/{self.size}"],
                 stdout=log,
@@ -135,7 +137,7 @@ class Pool:
             elif code > 0 and shutil.disk_usage(self._workdir).free < FULL:  # nor has its log a word of it
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             elif code > 0:
-                log = self._workdir / "logs" / f"worker-{index}.txt"
+                log = self._log(index)
                 last = log.read_text(errors="replace").strip().splitlines()[-1:] or [f"exit code {code}"]
                 self._say(f"worker {index} has ended: {last[0]} ({log})")
         return bool(self._processes)
@@ -149,18 +151,22 @@ class Pool:
             if (rows.holder(self._workdir, run) or (None,))[0] == number:
                 self._kills[run.id] = self._kills.get(run.id, 0) + 1
                 if self._kills[run.id] >= KILLS:
-                    self._give_up(run, word)
+                    self._give_up(run, index, word)
         if any(rows.state(self._workdir, run, done) == "missing" for run in waiting):
             self._say(f"worker {index} was {word}: another takes its place")
             self._start(index)
 
-    def _give_up(self, run: Run, word: str) -> None:
+    def _give_up(self, run: Run, index: int, word: str) -> None:
         with rows.claim(self._workdir, run) as mine:
             if mine and run.id not in rows.read(self._workdir):
                 folder = self._workdir / "runs" / run.id
                 folder.mkdir(parents=True, exist_ok=True)
-                text = f"its process was {word} {KILLS} times: out of memory? (--launcher_option=memory=GB)\n"
-                rows.error_file(self._workdir, run).write_text(text)
+                text = f"its process was {word} {KILLS} times: out of memory? (--launcher_option=memory=GB)"
+                rows.error_file(self._workdir, run).write_text(f"{text}; its log: {self._log(index)}\n")
+
+    def _log(self, index: int) -> Path:
+        """What worker `index` prints."""
+        return self._workdir / "logs" / f"worker-{index}.txt"
 
     def _say(self, line: str) -> None:
         self._console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

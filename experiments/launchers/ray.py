@@ -67,6 +67,8 @@ def run(sweep: Sweep, workdir: Path, command: list[str], options: dict, console:
 
 def submit(sweep: Sweep, workdir: Path, command: list[str], options: dict, console: Console) -> None:
     """One detached actor on the cluster that runs this launcher there; its name keeps it from being started twice."""
+    if not launchers.to_submit(sweep, workdir, console):
+        return
     ray = connect(options)
     try:
         name = f"sweep-{hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:12]}"

@@ -67,9 +67,8 @@ class Job:
 
 def submit(sweep: Sweep, workdir: Path, command: list[str], options: dict, console: Console) -> None:
     """One array for all that is missing and that no earlier job still waits to do."""
-    runs = launchers.to_submit(sweep, workdir)
+    runs = launchers.to_submit(sweep, workdir, console)
     if not runs:
-        console.print("nothing to submit: each missing run waits in the queue, or runs", highlight=False)
         return
     shares = launchers.shares(runs, options.get("runs_per_job", 1))
     work = [Job([*command, f"--only={','.join(run.id for run in share)}"], os.getcwd()) for share in shares]

@@ -6,6 +6,7 @@
 
     bytes, bytes+end                ids are the UTF-8 bytes
     characters, characters+end      the characters of the training text, in code point order
+    words, words:SIZE               the words of the training text, all or the commonest, line ends, and <unk>
     bpe:SIZE                        byte-level byte pair encoding with SIZE ids, trained; needs the package tokenizers
     file:PATH/tokenizer.json        a tokenizer.json of the package tokenizers, GPT-2's say
     file:PATH.model                 a sentencepiece model; needs the package sentencepiece
@@ -19,6 +20,7 @@ import importlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +33,8 @@ from .corpora import utf8
 
 CHUNK = 1 << 20  # characters that are encoded at once, where that changes nothing
 CUT = re.compile(r"(?<=\S)\n(?=\S)")  # byte-level tokenisers never join across such a line end
+WORD = re.compile(r"\S+|\n")
+UNKNOWN = "<unk>"
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # names of the end token in published vocabularies
 
 
@@ -126,6 +130,33 @@ class Characters(Tokenizer):
         return cls(content.decode(), has_end)
 
 
+class Words(Tokenizer):
+    """One id a line end or word, which is what stands between white space; id 0 is <unk>, all other words.
+
+    "the cat\\n" -> the cat \\n; decoded words stand between single spaces, whatever did before.
+    """
+
+    kind = "words"
+
+    def __init__(self, words: Sequence[str], name: str = "words"):
+        self._words = [UNKNOWN, *(word for word in words if word != UNKNOWN)]
+        self._ids = {word: id for id, word in enumerate(self._words)}
+        self.vocab_size, self.name = len(self._words), name
+
+    def encode(self, text):
+        return np.array([self._ids.get(word, 0) for word in WORD.findall(_text(text))], np.int32)
+
+    def decode(self, ids):
+        return re.sub(r" ?\n ?", "\n", " ".join(self._words[id] for id in _inside(ids, self.vocab_size)))
+
+    def content(self):
+        return json.dumps(self._words).encode()
+
+    @classmethod
+    def restore(cls, content: bytes, has_end: bool):
+        return cls(json.loads(content))
+
+
 class TokenizerJSON(Tokenizer):
     """A tokenizer.json of the package tokenizers; special tokens written in a text are text."""
 
@@ -216,25 +247,30 @@ class Ids(Tokenizer):
         return cls(int(content))
 
 
-CLASSES = {cls.kind: cls for cls in (Bytes, Characters, TokenizerJSON, SentencePiece, Ids)}
-NAMES = ("bytes", "bytes+end", "characters", "characters+end", "bpe:SIZE", "file:PATH", "ids:SIZE")
+CLASSES = {cls.kind: cls for cls in (Bytes, Characters, Words, TokenizerJSON, SentencePiece, Ids)}
+NAMES = ("bytes", "bytes+end", "characters", "characters+end", "words", "words:SIZE", "bpe:SIZE")
+NAMES += ("file:PATH", "ids:SIZE")
 
 
 def is_trained(spec: str) -> bool:
     """Whether `make` needs documents."""
-    return spec.startswith(("characters", "bpe:"))
+    return spec.startswith(("characters", "words", "bpe:"))
 
 
 def make(spec: str, documents: Iterable[bytes] = ()) -> Tokenizer:
-    """The tokeniser of that name; `documents`, the training split, make the alphabet or the merges."""
+    """The tokeniser of that name; `documents`, the training split, make the alphabet, the words or the merges."""
     kind, _, rest = spec.partition(":")
     if spec in ("bytes", "bytes+end"):
         return Bytes(spec.endswith("+end"))
     if spec in ("characters", "characters+end"):
         return Characters("".join(set().union(*map(_text, documents))), spec.endswith("+end"))
-    if kind in ("bpe", "ids"):
+    if spec == "words":
+        return train_words(documents)
+    if kind in ("bpe", "ids", "words"):
         if not rest.isdecimal() or int(rest) < 1:
             raise ValueError(f"tokenizer {spec!r}: write {kind}:SIZE, the number of token ids")
+        if kind == "words":
+            return train_words(documents, int(rest))
         return Ids(int(rest)) if kind == "ids" else train_bpe(documents, int(rest))
     if kind == "file" and rest:
         path = Path(rest).expanduser()
@@ -248,6 +284,16 @@ def make(spec: str, documents: Iterable[bytes] = ()) -> Tokenizer:
             return SentencePiece(content, path.name)
         raise ValueError(f"tokenizer file {path}: a tokenizer.json or a sentencepiece .model is needed")
     raise ValueError(unknown("tokenizer", spec, NAMES))
+
+
+def train_words(documents: Iterable[bytes], vocab_size: int | None = None) -> Words:
+    """All words of the documents, or so many ids' worth of the commonest, in order of their count."""
+    counts = Counter(word for document in documents for word in WORD.findall(_text(document)))
+    name = "words" if vocab_size is None else f"words:{vocab_size}"
+    if not counts.pop(UNKNOWN, 0) + len(counts):
+        raise ValueError(f"tokenizer {name!r}: the training text is empty")
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    return Words(words if vocab_size is None else words[: vocab_size - 1], name)
 
 
 def train_bpe(documents: Iterable[bytes], vocab_size: int) -> TokenizerJSON:
