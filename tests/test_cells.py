@@ -11,7 +11,7 @@ from flax import nnx
 from xlstm_jax import cells, models
 from xlstm_jax.cells.lstm import LSTMRule, LSTMState
 from xlstm_jax.kernels import mlstm_chunkwise
-from xlstm_jax.kernels.mlstm import initial_state, mlstm
+from xlstm_jax.kernels.mlstm import MLSTMState, initial_state, mlstm
 from xlstm_jax.kernels.recurrent import recurrent
 
 
@@ -72,9 +72,10 @@ def test_one_chunk_from_the_empty_memory_is_compiled_right(derivative):
             np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("options", [{}, dict(input_gate="sigmoid"), dict(input_gate="sigmoid", normalize=False)])
 @pytest.mark.parametrize("numbers", [1, 64])
-def test_groups_of_chunks_change_nothing(x64, monkeypatch, numbers):
-    """However few of the memories and matrices of pairs are worked on at once."""
+def test_groups_of_chunks_change_nothing(x64, monkeypatch, numbers, options):
+    """However few of the memories and matrices of pairs are worked on at once, and whatever the definition."""
     monkeypatch.setattr(mlstm_chunkwise, "GROUP", numbers)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v = jax.random.normal(keys[0], (3, 1, 17, 2, 3))
@@ -83,9 +84,11 @@ def test_groups_of_chunks_change_nothing(x64, monkeypatch, numbers):
 
     def run(form):
         def outputs(*inputs):
-            return mlstm(*inputs, form=form, chunk_size=2, mask=mask, reset=reset)
+            return mlstm(*inputs, form=form, chunk_size=2, mask=mask, reset=reset, **options)
 
-        out, pull = jax.vjp(outputs, q, k, v, i, f)
+        out, pull = jax.vjp(
+            outputs, q, k, v, i, f, MLSTMState(*(jnp.ones(a) for a in ((1, 2, 3, 3), (1, 2, 3), (1, 2))))
+        )
         return out, pull(jax.tree.map(jnp.cos, out))
 
     for got, want in zip(jax.tree.leaves(run("chunkwise")), jax.tree.leaves(run("recurrent"))):

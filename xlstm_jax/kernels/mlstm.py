@@ -77,9 +77,10 @@ def mlstm(
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
     """Reads and writes the matrix memory along T; i and f are the gates' pre-activations.
 
-    `normalize=False` (sigmoid gate only) returns C^T q as it is and leaves n alone. A step with mask False copies
-    the state through and outputs zeros; one with reset True starts from the empty memory, exactly. `memory_budget`, in
-    bytes or "auto", lets the chunkwise form take the chunk length nearest to `chunk_size` that fits (`memory.py`).
+    `normalize=False` (sigmoid gate only) returns C^T q as it is and leaves n alone, at a reset too. A step with mask
+    False copies the state through and outputs zeros; one with reset True starts from the empty memory, exactly.
+    `memory_budget`, in bytes or "auto", lets the chunkwise form take the chunk length nearest to `chunk_size` that fits
+    (`memory.py`).
     """
     if form not in FORMS and form not in CHOSEN_FORMS:
         raise ValueError(unknown("form of mlstm", form, (*FORMS, *CHOSEN_FORMS)))
@@ -158,7 +159,8 @@ def _step(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
     C, n, m = state
     if reset is not None:
         empty = reset[:, None]
-        C, n, m = jnp.where(empty[..., None, None], 0, C), jnp.where(empty[..., None], 0, n), jnp.where(empty, 0, m)
+        C, m = jnp.where(empty[..., None, None], 0, C), jnp.where(empty, 0, m)
+        n = jnp.where(empty[..., None], 0, n) if normalize else n
     m_new = jnp.maximum(log_f + m, log_i) if stabilise else m
     f, i = jnp.exp(log_f + m - m_new)[..., None], jnp.exp(log_i - m_new)[..., None]
     C = f[..., None] * C + (i * k)[..., None] * v[..., None, :].astype(C.dtype)

@@ -186,7 +186,6 @@ def _forward(normalize, eps, memory, group):
 
     def step(memory, of_chunk):
         k, v, w, decay, carried, sound = of_chunk
-        lost = None if carried is None else ~carried
         if sound is not None:  # a memory that is no number is put back where it is seen: 0 times an infinity is no 0
             C, n = memory
             sound = sound & jnp.isfinite(C).all((2, 3)) & jnp.isfinite(n).all(2)
@@ -194,9 +193,9 @@ def _forward(normalize, eps, memory, group):
         before = C, n = memory
         written = w[..., None] * k
         C = decay[..., None, None] * C + _product("bhjk,bhjv->bhkv", written, v)
-        n = decay[..., None] * n + written.sum(axis=2) if normalize else emptied(lost, n)
+        n = decay[..., None] * n + written.sum(axis=2) if normalize else n
         if sound is not None:
-            C, n = select(sound | lost, (C, n), jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), (C, n)))
+            C, n = select(sound | ~carried, (C, n), jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), (C, n)))
         return (C, n), (*before, sound)
 
     carried = None if gates.segment is None else gates.carried[..., -1]
@@ -234,7 +233,7 @@ def _backward(normalize, eps, d_memory, group):
         dC, dn = d_memory
         d_before = (
             decay[..., None, None] * dC + own[0],
-            decay[..., None] * dn + own[1] if normalize else emptied(None if carried is None else ~carried, dn),
+            decay[..., None] * dn + own[1] if normalize else dn,
         )
         return emptied(None if sound is None else ~sound, d_before), d_memory
 
