@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from .initializers import small_init, wang_init
 from .kernels import local
+from .kernels.recurrent import by_head
 from .names import unknown
 
 
@@ -64,13 +65,12 @@ class HeadwiseLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dtype = self.dtype or x.dtype
-        H, E, _ = self.kernel.shape
+        H = self.kernel.shape[0]
         x, kernel = x.astype(dtype), self.kernel[...].astype(dtype)
         if H == 1:
             y = x @ kernel[0]
         else:
-            heads = jnp.swapaxes(x.reshape(-1, H, E), 0, 1)  # heads first, so that no gradient has an order of its own
-            y = jnp.swapaxes(jnp.matmul(heads, kernel), 0, 1).reshape(x.shape)
+            y = jnp.swapaxes(jnp.matmul(by_head(x, H), kernel), 0, 1).reshape(x.shape)
         return y if self.bias is None else y + self.bias[...].astype(dtype)[None, None]
 
 

@@ -149,11 +149,6 @@ def _plan(form, inputs, state, chunk_size, options, target):
     return _kernel().plan_for(inputs, state, chunk_size, options, interpret=form == "pallas_interpret", **memory)
 
 
-def _normalised(num: Array, den: Array, m: Array, normalize: bool, eps: float) -> Array:
-    """num / (max(|den|, exp(-m)) + eps), or num."""
-    return num / denominator(den, m, eps)[..., None] if normalize else num
-
-
 def _step(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
     q, k, v, log_i, log_f, reset = inputs
     C, n, m = state
@@ -167,7 +162,7 @@ def _step(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):
     if normalize:
         n = f * n + i * k
     num, den = jnp.einsum("bhk,bhkv->bhv", q, C), jnp.einsum("bhk,bhk->bh", q, n)
-    return MLSTMState(C, n, m_new), _normalised(num, den, m_new, normalize, eps)
+    return MLSTMState(C, n, m_new), num / denominator(den, m_new, eps)[..., None] if normalize else num
 
 
 def _recurrent(inputs, state, chunk_size, options):
