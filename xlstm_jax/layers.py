@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from .initializers import small_init, wang_init
 from .kernels import local
-from .kernels.recurrent import by_head
+from .kernels.rules import by_head
 from .names import unknown
 
 

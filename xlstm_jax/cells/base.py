@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Key
 from ..initializers import Chrono, Initializer, initializer, per_gate
 from ..kernels.choice import CHOSEN_FORMS
 from ..kernels.memory import check_budget
-from ..kernels.recurrent import Dense, recurrent
+from ..kernels.recurrent import recurrent
+from ..kernels.rules import Dense
 from ..names import unknown
 from ..regularizers import Zoneout, check_rates, dropout, locked_dropout, locked_scale, split
 from .arguments import CellType, check_array, check_flag, check_inputs

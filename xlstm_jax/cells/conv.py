@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ..initializers import per_gate
-from ..kernels.recurrent import Maps
+from ..kernels.rules import Maps
 from .arguments import is_integer
 from .gru import GRU
 from .lstm import LSTM

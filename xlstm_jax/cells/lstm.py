@@ -27,7 +27,7 @@ from jax.nn import sigmoid
 from jaxtyping import Array, Float
 
 from ..kernels.choice import CHOSEN_FORMS
-from ..kernels.recurrent import stack, unstack
+from ..kernels.rules import stack, unstack
 from .base import RecurrentCell
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import rnn
 from jaxtyping import Array, Float
 
-from .recurrent import Dense, Given, Spec, Weights
+from .rules import Dense, Given, Spec, Weights
 
 
 def refusal(spec: Spec, weights: Weights, state: Any, given: Given, scale: Array | None) -> str | None:
@@ -40,7 +40,7 @@ def packed(weights: Weights, order: tuple[int, ...]) -> Float[Array, " P"]:
 
 
 def run(spec: Spec, xs: Array, weights: Weights, state: Any, given: Given) -> tuple[Array, Any]:
-    """Outputs (T, B, D) and the last state, as the other forms."""
+    """Outputs (B, T, D) and the last state, as the other forms."""
     (B, T, D_in), D = xs.shape, state.h.shape[-1]
     lengths = jnp.full((B,), T, jnp.int32)
     if given.mask is not None:
@@ -61,4 +61,4 @@ def run(spec: Spec, xs: Array, weights: Weights, state: Any, given: Given) -> tu
         ys = jnp.where(mask[..., None], ys, 0)
         some = jnp.any(mask, axis=1)[:, None]
         last = jax.tree.map(lambda new, old: jnp.where(some, new, old), last, state)
-    return jnp.swapaxes(ys, 0, 1), last
+    return ys, last

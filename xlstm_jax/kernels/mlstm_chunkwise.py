@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .recurrent import emptied, select
+from .rules import emptied, select
 
 
 class Gates(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .recurrent import Dense, Given, Spec, Weights
+from .rules import Dense, Given, Spec, Weights
 
 LANES, SUBLANES = 128, 8
 LONGEST_BLOCK, SHORTEST_BLOCK, LARGEST_TILE = 32, 8, 256  # steps, steps, rows

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from .pallas_plan import Plan, Sizes, Tiles
-from .recurrent import Given, Spec, Weights, emptied, masked_rule, project, scaled
+from .rules import Given, Spec, Weights, emptied, masked_rule, project, scaled
 
 # Packing: an axis of features (D,) becomes one of heads in whole lanes, gates (G, D) one of heads of gates.
 
@@ -73,7 +73,7 @@ def run(
     scale: Array | None,
     kernels: tuple[Callable, Callable] | None = None,
 ) -> tuple[Array, Any]:
-    """Outputs (T, B, D) and the last state, as the other forms; all but the recurrence itself is plain JAX.
+    """Outputs (B, T, D) and the last state, as the other forms; all but the recurrence itself is plain JAX.
 
     kernels: like `forward` and `backward`, which are those for TPUs.
     """
@@ -94,7 +94,7 @@ def run(
             *(kernels or (forward, backward), spec, plan, x[:, :, 0], pack_matrix(weights.R, s), start, params),
             *(packed_flags(given, s), None if scale is None else pack(rows(scale.astype(state.h.dtype)), s)),
         )
-        return unpack(ys[:, : s.B], s), jax.tree.map(lambda a: unpack(a[: s.B], s), last)
+        return unpack(jnp.swapaxes(ys[:, : s.B], 0, 1), s), jax.tree.map(lambda a: unpack(a[: s.B], s), last)
 
     return (jax.checkpoint(whole) if spec.remat else whole)(xs, weights, state)
 

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from . import pallas_recurrent
 from .pallas_plan import Sizes, sizes_for
 from .pallas_recurrent import lanes_of, matrix_product, of_each, read, step_flags, step_gates, write
-from .recurrent import Given, Spec, Weights, emptied, masked_rule, scaled
+from .rules import Given, Spec, Weights, emptied, masked_rule, scaled
 
 TILE = 16  # rows of a program and the least width of a head: what a matrix unit takes
 ON_CHIP = 160 * 2**10  # bytes of R of one head, of the 256 KiB of registers and about as much shared memory of a core
