@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 from .choice import target
 from .rules import Dense, Gates, Given, Maps, Rule, Spec, State, Weights
 
-VECTOR = 32  # float32 numbers of two vectors of AVX-512, or of four of AVX2
+VECTOR = 16  # float32 numbers of AVX-512
+LONGEST_CHUNK = 32  # steps whose rule is linearised at once; nothing else needs a chunk where there is no remat
 
 
 class FeatureMajor(Maps):
@@ -56,11 +57,11 @@ class FeatureMajor(Maps):
     def inputs(self, spec: Spec, xs: Float[Array, "B T ..."], weights: Weights, dtype: DTypeLike):
         b = 0 if weights.b is None else weights.b[..., None].astype(dtype)
         if weights.W is None:
-            return self.unstack(jnp.moveaxis(xs, 0, -1) + b), lambda x: x
+            return jnp.moveaxis(xs, 0, -1) + b, lambda x: x
         push = spec.push(weights.W[None])
 
         def gates(t):
-            return self.unstack(push(jax.lax.dynamic_index_in_dim(xs, t, 1, keepdims=False).T) + b)
+            return push(jax.lax.dynamic_index_in_dim(xs, t, 1, keepdims=False).T) + b
 
         return jnp.arange(xs.shape[1]), gates
 
@@ -106,7 +107,7 @@ def serves(spec: Spec, weights: Weights, state: State, given: Given) -> bool:
         target().platform == "cpu"
         and isinstance(spec.maps, Dense)
         and spec.dtype == state.h.dtype
-        and state.h.shape[0] % VECTOR == 0
+        and state.h.shape[0] % VECTOR == 0 < state.h.shape[0] // (2 * VECTOR)
         and all(a.ndim == 2 for a in jax.tree.leaves(state))
         and all(a.ndim > 1 and len(a) == 1 for a in jax.tree.leaves(weights.params))
     )

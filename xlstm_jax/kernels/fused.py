@@ -23,8 +23,9 @@ def fused(spec, chunk_size, xs, weights, state, given, scale):
     """Outputs (B, T, D) and the last state: whole chunks first, then the shorter tail (before them in reverse)."""
     if feature_major.serves(spec, weights, state, given):
         spec, state, given, scale = feature_major.turned(spec, state, given, scale)
+        chunk_size = chunk_size if spec.remat else min(chunk_size, feature_major.LONGEST_CHUNK)
     T = xs.shape[1]
-    L = min(chunk_size, T)
+    L = -(-T // -(-T // chunk_size))  # as few chunks, and as equal ones as can be
     bounds = [(0, T - T % L), (T - T % L, T)] if T % L else [(0, T)]
     pieces = []
     for start, stop in reversed(bounds) if spec.reverse else bounds:
@@ -66,10 +67,11 @@ def _chunk_inputs(n, L, xs, given):
 
 class Kept(NamedTuple):
     """What the backward pass of a chunk reads: the state before each step and all shares of the gates; a gate that the
-    rule only adds to its recurrent share is kept as their sum, in x, with None in r."""
+    rule only adds to its recurrent share is kept as their sum, in x, with None in r. x is one array where the maps leave
+    the inputs to the loop and all gates are such sums."""
 
     state: State
-    x: Gates
+    x: Gates | Array
     r: tuple[Array | None, ...]
     u: Gates
 
@@ -79,9 +81,23 @@ def _run_chunk(spec, xs, weights, state, given, scale, keep):
     x, gates = spec.maps.inputs(spec, xs, weights, state.h.dtype)
     products = spec.push(weights.R), None if weights.S is None else spec.push(weights.S)
 
+    def sums(x, before, given):
+        """All shares in one array, where they are kept so; else None."""
+        if not spec.maps.inputs_in_loop or weights.S is not None:
+            return None
+        r = products[0](scaled(before.h, scale))
+        shares = spec.maps.unstack(x), spec.maps.unstack(r)
+        return x + r if r.shape == x.shape and all(only_added(spec, *shares, (), before, weights, given, scale)) else None
+
     def body(state, inputs):
         x, given = inputs
         x, before = gates(x), emptied(given.reset, state)
+        total = sums(x, before, given)
+        if total is not None:
+            r = tuple(jnp.zeros_like(a) for a in spec.maps.unstack(total))
+            state, y = masked_rule(spec, spec.maps.unstack(total), r, before, weights.params, given)
+            return state, (y, Kept(before, total, (None,) * len(r), ()) if keep else None)
+        x = spec.maps.unstack(x) if spec.maps.inputs_in_loop else x
         (r, u), state, y = step(spec, products, weights, before, x, given, scale)
         if not keep:
             return state, (y, None)
@@ -120,6 +136,9 @@ def only_summed(trace, a, b) -> bool:
 def linearised(spec, weights, kept, given, scale):
     """One step's transposed rule, of x, the shares in r that are kept, u, the state and the parameters; where there is
     an S, the inner value's transposed map and the value too."""
+
+    if not isinstance(kept.x, tuple):
+        kept = kept._replace(x=spec.maps.unstack(kept.x))
 
     def shares(r):
         r = iter(r)
@@ -191,7 +210,8 @@ def _chunks_backward(spec, L, residuals, cotangents):
             kept = _run_chunk(spec, x_in, weights, kept, part, scale, keep=True)[2]
         linear = jax.vmap(lambda kept, given: linearised(spec, weights, kept, given, scale))  # all steps at once
         pull, pull_inner, v = jax.lax.optimization_barrier(linear(kept, part))
-        added_all = len(kept.r) == len(kept.x) and all(share is None for share in kept.r)
+        as_one = not isinstance(kept.x, tuple)
+        added_all = as_one or len(kept.r) == len(kept.x) and all(share is None for share in kept.r)
         pull_R, pull_W = spec.pull(weights.R, d_state.h), maps.pull_step(spec, weights)
         pull_S = None if v is None else spec.pull(weights.S, v[0])
 
