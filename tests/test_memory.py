@@ -12,6 +12,7 @@ from xlstm_jax.kernels.mlstm import mlstm
 
 RECURRENT = cells.MLSTM(16, 8, form="recurrent", memory_budget=10**9, rngs=nnx.Rngs(0))
 XS = jax.ShapeDtypeStruct((4, 96, 16), jnp.float32)
+MANY = jax.ShapeDtypeStruct((32, 96, 16), jnp.float32)
 
 
 def layer(make, xs=XS):
@@ -30,10 +31,12 @@ def memory():
     "case",
     [
         lambda: layer(lambda: cells.LSTM(16, 32, chunk_size=32, memory_budget=10**9, rngs=nnx.Rngs(0))),
+        lambda: layer(lambda: cells.LSTM(16, 32, chunk_size=16, memory_budget=10**9, rngs=nnx.Rngs(0)), MANY),
+        lambda: layer(lambda: cells.GRU(16, 32, remat=True, memory_budget=10**9, rngs=nnx.Rngs(0)), MANY),
         lambda: layer(lambda: cells.SLSTM(16, 32, chunk_size=8, remat=True, memory_budget=10**9, rngs=nnx.Rngs(0))),
         memory,
     ],
-    ids=["lstm", "slstm, remat", "mlstm"],
+    ids=["lstm", "lstm, rows last", "gru, rows last, remat", "slstm, remat", "mlstm"],
 )
 def test_the_bytes_are_those_of_the_compiled_program(case):
     function, arguments = case()

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from .initializers import small_init, wang_init
 from .kernels import local
+from .kernels.choice import target
 from .kernels.rules import by_head
 from .names import unknown
 
@@ -49,6 +51,17 @@ class Norm(nnx.Module):
         if self.bias is not None:
             h = h + self.bias[...].astype(wide).reshape(*ones, -1)
         return h.astype(self.dtype or x.dtype)
+
+
+def few_outputs(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """`jax.lax.dot_general` of x (*B, D) and a kernel (D, N) with N small, for `nnx.Linear`.
+
+    On a CPU the kernel's gradient is summed as (N, D), in a seventh of the time; the barrier keeps XLA from turning it.
+    """
+    if target().platform != "cpu":
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    last = ((x.ndim - 1,), (1,)), ((), ())
+    return jax.lax.dot_general(x, jax.lax.optimization_barrier(kernel.T), last, **options)
 
 
 class HeadwiseLinear(nnx.Module):

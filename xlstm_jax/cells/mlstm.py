@@ -16,6 +16,7 @@ from ..kernels import mlstm as kernel
 from ..kernels.choice import CHOSEN_FORMS
 from ..kernels.memory import check_budget
 from ..kernels.mlstm import MLSTMState
+from ..layers import few_outputs
 from ..names import unknown
 from .arguments import check_inputs
 from .base import Cell, compute_dtype, linear
@@ -135,7 +136,13 @@ def gate(
     dtype = jnp.promote_types(param_dtype, jnp.float32)
     if of != "inputs":
         return BiasGate(num_heads, bias_init, of == "bias", param_dtype, rngs)
-    zeros = jax.nn.initializers.zeros
     return nnx.Linear(
-        in_features, num_heads, kernel_init=zeros, bias_init=bias_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        in_features,
+        num_heads,
+        kernel_init=jax.nn.initializers.zeros,
+        bias_init=bias_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        dot_general=few_outputs,
+        rngs=rngs,
     )

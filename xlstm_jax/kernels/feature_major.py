@@ -6,7 +6,6 @@ the loop over time does that too, and no share of all steps is ever written. It 
 full of rows.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,12 @@ class FeatureMajor(Maps):
 
     rows, gates, inputs_in_loop = -1, -3, True
 
+    def by_step(self, xs: Float[Array, "B T ..."]) -> Float[Array, "T ... B"]:
+        return jnp.moveaxis(xs, 0, -1)
+
+    def by_row(self, ys: Float[Array, "T ... B"]) -> Float[Array, "B T ..."]:
+        return jnp.moveaxis(ys, -1, 0)
+
     def product(self, h: Float[Array, "*M D B"], R: Float[Array, "N E G F"]) -> Float[Array, "*M G NF B"]:
         """h R by head."""
         (N, E, G, F), (*lead, _, B) = R.shape, h.shape
@@ -45,7 +50,7 @@ class FeatureMajor(Maps):
 
         return run
 
-    def pull(self, R: Float[Array, "N E G F"], like: Array) -> Callable[[Gates], Float[Array, "D B"]]:
+    def pull(self, R: Float[Array, "N E G F"], like: Array | None) -> Callable[[Gates], Float[Array, "D B"]]:
         N, E, G, F = R.shape
 
         def run(d_r):
@@ -55,13 +60,14 @@ class FeatureMajor(Maps):
         return run
 
     def inputs(self, spec: Spec, xs: Float[Array, "B T ..."], weights: Weights, dtype: DTypeLike):
-        b = 0 if weights.b is None else weights.b[..., None].astype(dtype)
+        b = 0.0 if weights.b is None else weights.b[..., None].astype(dtype)
         if weights.W is None:
-            return jnp.moveaxis(xs, 0, -1) + b, lambda x: x
+            return self.by_step(xs).astype(dtype), lambda x: x + b
         push = spec.push(weights.W[None])
 
         def gates(t):
-            return push(jax.lax.dynamic_index_in_dim(xs, t, 1, keepdims=False).T) + b
+            x = jax.lax.dynamic_index_in_dim(xs, t, 1, keepdims=False)
+            return push(x.T.astype(spec.dtype)) + b
 
         return jnp.arange(xs.shape[1]), gates
 
@@ -72,9 +78,9 @@ class FeatureMajor(Maps):
         d_b = None if weights.b is None else jnp.sum(dx, axis=(0, -1))
         d_W = None
         if weights.W is not None:
-            by_step = jnp.moveaxis(xs, 0, -1)
-            d_W = jax.vjp(lambda W: spec.product(by_step, W[None]), weights.W)[1](dx)[0]
-        return jnp.moveaxis(d_xs, -1, 0).astype(xs.dtype), d_W, d_b
+            x = self.by_step(xs).astype(spec.dtype)
+            d_W = jax.vjp(lambda W: spec.product(x, W[None]), weights.W)[1](dx)[0]
+        return self.by_row(d_xs).astype(xs.dtype), d_W, d_b
 
     def stack(self, gates: Gates) -> Array:
         *lead, D, B = gates[0].shape
@@ -101,7 +107,7 @@ def over_rows(function: Callable, x: Gates, r: Gates, state: State, params: Any,
     return jax.vmap(function, in_axes=-1, out_axes=-1)(x, r, state, params, *noise)
 
 
-def serves(spec: Spec, weights: Weights, state: State, given: Given) -> bool:
+def serves(spec: Spec, weights: Weights, state: State) -> bool:
     """Whether the rows are better last: dense maps in one dtype on a CPU, and whole vectors of rows."""
     return (
         target().platform == "cpu"

@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from . import feature_major
 from .memory import Bytes, size
 from .rules import Gates, State, Weights, emptied, inner, masked_rule, project, scaled, step
-from jaxtyping import Array
 
 
 def fused(spec, chunk_size, xs, weights, state, given, scale):
     """Outputs (B, T, D) and the last state: whole chunks first, then the shorter tail (before them in reverse)."""
-    if feature_major.serves(spec, weights, state, given):
+    if feature_major.serves(spec, weights, state):
         spec, state, given, scale = feature_major.turned(spec, state, given, scale)
         chunk_size = chunk_size if spec.remat else min(chunk_size, feature_major.LONGEST_CHUNK)
     T = xs.shape[1]
@@ -67,8 +67,8 @@ def _chunk_inputs(n, L, xs, given):
 
 class Kept(NamedTuple):
     """What the backward pass of a chunk reads: the state before each step and all shares of the gates; a gate that the
-    rule only adds to its recurrent share is kept as their sum, in x, with None in r. x is one array where the maps leave
-    the inputs to the loop and all gates are such sums."""
+    rule only adds to its recurrent share is kept as their sum, in x, with None in r. If all are such sums, and maps
+    leave the inputs to the loop, x is one array of all gates."""
 
     state: State
     x: Gates | Array
@@ -82,20 +82,19 @@ def _run_chunk(spec, xs, weights, state, given, scale, keep):
     products = spec.push(weights.R), None if weights.S is None else spec.push(weights.S)
 
     def sums(x, before, given):
-        """All shares in one array, where they are kept so; else None."""
-        if not spec.maps.inputs_in_loop or weights.S is not None:
-            return None
+        """x + R h of all gates in one array, if that is all that the rule needs; else None."""
         r = products[0](scaled(before.h, scale))
         shares = spec.maps.unstack(x), spec.maps.unstack(r)
-        return x + r if r.shape == x.shape and all(only_added(spec, *shares, (), before, weights, given, scale)) else None
+        needs_no_more = all(only_added(spec, *shares, (), before, weights, given, scale))
+        return x + r if r.shape == x.shape and needs_no_more else None
 
     def body(state, inputs):
         x, given = inputs
         x, before = gates(x), emptied(given.reset, state)
-        total = sums(x, before, given)
+        total = sums(x, before, given) if spec.maps.inputs_in_loop and weights.S is None else None
         if total is not None:
-            r = tuple(jnp.zeros_like(a) for a in spec.maps.unstack(total))
-            state, y = masked_rule(spec, spec.maps.unstack(total), r, before, weights.params, given)
+            x, r = spec.maps.unstack(total), (jnp.zeros_like(total[0]),) * len(total)
+            state, y = masked_rule(spec, x, r, before, weights.params, given)
             return state, (y, Kept(before, total, (None,) * len(r), ()) if keep else None)
         x = spec.maps.unstack(x) if spec.maps.inputs_in_loop else x
         (r, u), state, y = step(spec, products, weights, before, x, given, scale)
@@ -176,8 +175,7 @@ def _forward(spec, L, xs, weights, state, given, scale, keep):
     if spec.maps.inputs_in_loop and not spec.remat:
         L = T
     state, (ys, kept) = jax.lax.scan(body, state, jnp.arange(T // L), reverse=spec.reverse)
-    ys = jnp.moveaxis(ys.reshape(T, *ys.shape[2:]), spec.maps.rows + (spec.maps.rows >= 0), 0)
-    return ys, state, kept
+    return spec.maps.by_row(ys.reshape(T, *ys.shape[2:])), state, kept
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -205,7 +203,7 @@ def _chunks_backward(spec, L, residuals, cotangents):
         d_state, d_weights = carry
         n, kept = inputs
         x_in, part = _chunk_inputs(n, L, xs, given)
-        d_y = jnp.moveaxis(jax.lax.dynamic_slice_in_dim(d_ys, n * L, L, axis=1), 0, maps.rows + (maps.rows >= 0))
+        d_y = maps.by_step(jax.lax.dynamic_slice_in_dim(d_ys, n * L, L, axis=1))
         if spec.remat:
             kept = _run_chunk(spec, x_in, weights, kept, part, scale, keep=True)[2]
         linear = jax.vmap(lambda kept, given: linearised(spec, weights, kept, given, scale))  # all steps at once

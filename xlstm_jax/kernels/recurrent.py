@@ -1,14 +1,14 @@
 """Any non-linear cell as a rule (`rules.py`): one engine turns it into every form.
 
-    "scan"   one `lax.scan` over time, differentiated by JAX: the obvious form, which tests compare the others with
-    "fused"  a scan over chunks of time with its own gradient (`fused.py`), exact, without a forward-mode derivative.
-             `remat=True` keeps one state a chunk and computes the others again; `memory_budget` chooses chunk length
-             and remat (`memory.py`)
-    "pallas" one kernel forward and one backward, for TPUs (`pallas_recurrent.py`) or GPUs (`pallas_recurrent_gpu.py`),
-             of rules that are elementwise in the features, with Dense maps and without `inner` and noise, where R fits
-             onto the chip. "pallas_interpret" is the same kernel interpreted, slowly and on any device, for tests
-    "cudnn"  cuDNN's LSTM (`cudnn.py`): the plain one in float32, on an NVIDIA GPU
-    "auto"   "pallas" where the program is for one TPU and the kernel serves it, else "fused" (`choice.py`)
+"scan"   one `lax.scan` over time, differentiated by JAX: the obvious form, which tests compare the others with
+"fused"  a scan over chunks of time with its own gradient (`fused.py`), exact, without a forward-mode derivative.
+         `remat=True` keeps one state a chunk and computes the others again; `memory_budget` chooses chunk length
+         and remat (`memory.py`)
+"pallas" one kernel forward and one backward, for TPUs (`pallas_recurrent.py`) or GPUs (`pallas_recurrent_gpu.py`),
+         of rules that are elementwise in the features, with Dense maps and without `inner` and noise, where R fits
+         onto the chip. "pallas_interpret" is the same kernel interpreted, slowly and on any device, for tests
+"cudnn"  cuDNN's LSTM (`cudnn.py`): the plain one in float32, on an NVIDIA GPU
+"auto"   "pallas" where the program is for one TPU and the kernel serves it, else "fused" (`choice.py`)
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ from . import local
 from .choice import CHOSEN_FORMS, choose, record, target
 from .fused import fused, fused_bytes
 from .memory import check_budget, fitting
-from .rules import Dense, Given, Rule, Spec, State, Weights, emptied, project, step
+from .rules import DENSE, Dense, Given, Rule, Spec, State, Weights, emptied, project, step
 
 
 def recurrent(
@@ -38,7 +38,7 @@ def recurrent(
     W: Float[Array, "..."] | None = None,
     b: Float[Array, "G D"] | None = None,
     params: Any = (),
-    maps: Any = Dense(),
+    maps: Any = DENSE,
     dtype: DTypeLike | None = None,
     form: str = "scan",
     chunk_size: int = 64,

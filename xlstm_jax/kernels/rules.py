@@ -15,7 +15,6 @@ The maps also say in which order the axes of a step's arrays lie: rows first, or
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,9 +32,17 @@ Rule = Callable[..., tuple[State, Array]]
 class Maps:
     """The linear maps of a cell, `project` and `product`, and the order of the axes of a step's arrays."""
 
-    rows = 0  # the axis of the batch
+    rows = 0  # the axis of the batch in a step's arrays
     gates = -2  # the axis that `product` has and h has not
-    inputs_in_loop = False  # whether `inputs` leaves the products with W to the loop
+    inputs_in_loop = False  # whether `inputs` leaves the products with W to the loop, whose gates are then one array
+
+    def by_step(self, xs: Float[Array, "B T ..."]) -> Float[Array, "T ..."]:
+        """Time first, and then a step's arrays."""
+        return jnp.swapaxes(xs, 0, 1)
+
+    def by_row(self, ys: Float[Array, "T ..."]) -> Float[Array, "B T ..."]:
+        """The inverse of `by_step`."""
+        return jnp.swapaxes(ys, 0, 1)
 
     def push(self, R: Array) -> Callable[[Array], Array]:
         """h -> `product(h, R)`, for a loop: what can be done to R before it is done here."""
@@ -46,7 +53,7 @@ class Maps:
         return lambda d_r: jax.linear_transpose(lambda h: self.product(h, R), like)(self.stack(d_r))[0]
 
     def inputs(self, spec: "Spec", xs: Float[Array, "B T ..."], weights: "Weights", dtype: DTypeLike):
-        """What a loop over time reads a step of, and how it becomes the input's share of the gates."""
+        """What a loop over time reads a step of, and how that becomes the input's share of the gates."""
         return self.unstack(project(spec, xs, weights, dtype)), lambda x: x
 
     def pull_step(self, spec: "Spec", weights: "Weights") -> Callable[[Gates], Any]:
@@ -105,6 +112,9 @@ class Dense(Maps):
         return run
 
 
+DENSE = Dense()
+
+
 def by_head(a: Float[Array, "*M D"], N: int) -> Float[Array, "N M E"]:
     """Heads first: products with one matrix a head are then batched, and XLA does not turn R at every step."""
     return jnp.swapaxes(a.reshape(-1, N, a.shape[-1] // N), 0, 1)
@@ -149,7 +159,7 @@ class Spec(NamedTuple):
         """The same for a loop; its gradient would be summed in the compute dtype."""
         return self.maps.push(R.astype(self.dtype))
 
-    def pull(self, R: Array, like: Array) -> Callable[[Gates], Array]:
+    def pull(self, R: Array, like: Array | None) -> Callable[[Gates], Array]:
         """Gradients of the shares, one array a gate, to that of an h like this."""
         return self.maps.pull(R.astype(self.dtype), like)
 
@@ -210,11 +220,17 @@ def masked_rule(spec: Spec, x: Gates, r: Gates, state: State, params: Any, given
 
 
 def step(
-    spec: Spec, products: tuple[Callable, Callable], weights: Weights, state: State, x: Gates, given: Given, scale
+    spec: Spec,
+    products: tuple[Callable, Callable | None],
+    weights: Weights,
+    state: State,
+    x: Gates,
+    given: Given,
+    scale,
 ) -> tuple[tuple[Gates, Gates], State, Array]:
     """Both recurrent shares of the gates (the second empty without S), the next state and the output.
 
-    products: h to h R, and the inner value to its product with S.
+    products: h to h R, and the inner value to its product with S if there is one.
     """
     r, u = spec.maps.unstack(products[0](scaled(state.h, scale))), ()
     if weights.S is not None:
