@@ -9,6 +9,7 @@ from contract import close
 from flax import nnx
 
 from xlstm_jax import cells
+from xlstm_jax.kernels import fused
 from xlstm_jax.kernels import recurrent as engine
 
 
@@ -75,8 +76,8 @@ def test_one_of_the_shares_may_have_more_gates(x64, gates):
 )
 def test_a_sum_is_kept_as_one_array(monkeypatch, name, options, wanted):
     found = []
-    only_added = engine.only_added
-    monkeypatch.setattr(engine, "only_added", lambda *args: found.append(only_added(*args)) or found[-1])
+    only_added = fused.only_added
+    monkeypatch.setattr(fused, "only_added", lambda *args: found.append(only_added(*args)) or found[-1])
     cell = cells.CELLS[name](2, 3, rngs=nnx.Rngs(0), **options)
     jax.eval_shape(jax.grad(lambda xs: cell(xs)[0].sum()), jnp.zeros((1, 2, 2)))
     assert set(found) == {wanted}

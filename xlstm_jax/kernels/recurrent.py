@@ -90,8 +90,7 @@ def _run(form, spec, chunk_size, memory_budget, *arguments):
     record(choice)
     with jax.named_scope("time"):
         if choice.form == "pallas":
-            ys, state = _kernel().run(choice.plan, spec, *arguments)
-            return jnp.swapaxes(ys, 0, 1), state
+            return _kernel().run(choice.plan, spec, *arguments)
         if choice.form == "cudnn":
             return _cudnn(spec, *arguments)
         return FORMS[choice.form](spec, chunk_size, *arguments)
