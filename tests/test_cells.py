@@ -11,7 +11,7 @@ from flax import nnx
 from xlstm_jax import cells, models
 from xlstm_jax.cells.lstm import LSTMRule, LSTMState
 from xlstm_jax.kernels import mlstm_chunkwise
-from xlstm_jax.kernels.mlstm import MLSTMState, initial_state, mlstm
+from xlstm_jax.kernels.mlstm import MLSTMState, initial_state, mlstm, usual_chunk
 from xlstm_jax.kernels.recurrent import recurrent
 
 
@@ -19,6 +19,11 @@ def test_recurrent_matrix_is_orthogonal_gate_by_gate():
     R = cells.LSTM(3, 8, rngs=nnx.Rngs(0)).R[0]
     for gate in range(4):
         np.testing.assert_allclose(R[:, gate] @ R[:, gate].T, np.eye(8), atol=1e-5)
+
+
+def test_the_usual_chunk_is_that_of_the_widths():
+    widths = {(8, 8): 32, (64, 64): 64, (128, 128): 128, (256, 512): 256, (1024, 1024): 256}
+    assert {key: usual_chunk(*key) for key in widths} == widths
 
 
 def test_forget_biases():

@@ -108,7 +108,7 @@ class MLSTMLayer(Cell):
         forget_bias: Initializer | str | float = "linspace(3, 6)",
         num_blocks: int = 1,
         form: str = "chunkwise",
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         memory_budget: int | float | str | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,

@@ -43,7 +43,7 @@ class MLSTMLargeLayer(Cell):
         eps: float | int = 1e-6,
         num_blocks: int = 1,
         form: str = "chunkwise",
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         memory_budget: int | float | str | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,

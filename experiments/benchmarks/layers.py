@@ -26,6 +26,7 @@ MEMORY_FORMS = {
     "recurrent": dict(form="recurrent"),
     "parallel": dict(form="parallel"),
     "chunkwise 32": dict(form="chunkwise", chunk_size=32),
+    "chunkwise 64": dict(form="chunkwise", chunk_size=64),
     "chunkwise 128": dict(form="chunkwise", chunk_size=128),
     "chunkwise 256": dict(form="chunkwise", chunk_size=256),
 }

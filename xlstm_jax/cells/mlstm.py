@@ -43,7 +43,7 @@ class MLSTM(Cell):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         form: str = "chunkwise",
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         memory_budget: int | float | str | None = None,
         rngs: nnx.Rngs,
     ):

@@ -67,7 +67,7 @@ def mlstm(
     state: MLSTMState | None = None,
     *,
     form: str = "chunkwise",
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     input_gate: str = "exp",
     normalize: bool = True,
     eps: float = 1e-6,
@@ -79,12 +79,14 @@ def mlstm(
 
     `normalize=False` (sigmoid gate only) returns C^T q as it is and leaves n alone, at a reset too. A step with mask
     False copies the state through and outputs zeros; one with reset True starts from the empty memory, exactly.
+    `chunk_size` None is chosen by the widths and the device (`usual_chunk`).
     `memory_budget`, in bytes or "auto", lets the chunkwise form take the chunk length nearest to `chunk_size` that fits
     (`memory.py`).
     """
     if form not in FORMS and form not in CHOSEN_FORMS:
         raise ValueError(unknown("form of mlstm", form, (*FORMS, *CHOSEN_FORMS)))
     check_gate(input_gate, normalize)
+    chunk_size = usual_chunk(q.shape[-1], v.shape[-1]) if chunk_size is None else chunk_size
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     check_budget(memory_budget)
@@ -110,6 +112,16 @@ def mlstm(
     state = jax.tree.map(lambda a, old: a.astype(old.dtype), state, kept)
     h = jnp.moveaxis(h, 1, 2).astype(v.dtype)
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
+
+
+def usual_chunk(K: int, V: int) -> int:
+    """64, and on a CPU the power of two nearest to sqrt(K V), from 32 to 256.
+
+    A step takes L (K + V) multiplications within its chunk of L, and its part of the chunk's memory is K V / L numbers.
+    """
+    if target().platform != "cpu":
+        return 64
+    return min(max(2 ** round(math.log2(K * V) / 2), 32), 256)
 
 
 def _run(form, chunk_size, memory_budget, options, inputs, state):
