@@ -11,7 +11,10 @@ from flax import nnx
 from experiments.benchmarks.cases import BOTH, Case
 from experiments.benchmarks.timing import Program, jax_program
 from xlstm_jax import cells
+from xlstm_jax.kernels.feature_major import FeatureMajor, serves
 from xlstm_jax.kernels.mlstm import mlstm
+from xlstm_jax.kernels.recurrent import recurrent
+from xlstm_jax.kernels.rules import Maps, Spec, Weights
 
 RULE_FORMS = {
     "default": {},
@@ -157,33 +160,83 @@ def worst(got: Any, want: Any) -> float:
     return max(errors)
 
 
+def directions(case: Case, given: Data) -> list[tuple[cells.Cell, Maps, Any]]:
+    """The case's cells, one or two, each with the maps that its default form uses here and an empty state."""
+    each = cell(case, {})
+    found = []
+    for one in [each.forward, each.backward] if case.kind == "bilstm" else [each]:
+        state = one.initial_state(given.inputs[0].shape[0])
+        spec, weights = Spec(one.rule, one.maps, jnp.float32, False, False), Weights(one.R, None, None, None, ())
+        found.append((one, FeatureMajor() if serves(spec, weights, state) else one.maps, state))
+    return found
+
+
 def products(case: Case, pass_: str, given: Data) -> Program:
-    """The matrix products (or convolutions) alone, the recurrent ones one after another: no program can be faster."""
+    """The matrix products (or convolutions) alone, the recurrent ones one after another."""
     if case.kind == "mlstm":
         return memory_products(case, pass_, given)
-    each = cell(case, {})
-    directions = [each.forward, each.backward] if case.kind == "bilstm" else [each]
-    weights = [(None if c.W is None else c.W[...], c.R[...]) for c in directions]
-    maps, h = directions[0].maps, jnp.full(directions[0].initial_state(given.inputs[0].shape[0]).h.shape, 0.1)
+    each = directions(case, given)
+    weights = [(None if one.W is None else one.W[...], one.R[...]) for one, *_ in each]
 
-    def direction(W, R, xs):
-        project = lambda xs, W: xs if W is None else maps.project(xs, W, jnp.float32)  # noqa: E731
-        back = jax.linear_transpose(lambda h: maps.product(h, R), h)
-        x, pull_projection = jax.vjp(project, jnp.swapaxes(xs, 0, 1), W)
+    def inputs(maps, W, xs):
+        """The inputs' share of the gates, and the gradients of W and xs."""
+        x = maps.by_step(xs)
+        if W is None:
+            return x, lambda dx: dx
+        if not maps.inputs_in_loop:
+            return jax.vjp(lambda x, W: maps.project(x, W, jnp.float32), x, W)
+        pull = maps.pull(W[None], None)
+        of_W = lambda dx: jax.vjp(lambda W: maps.product(x, W[None]), W)[1](dx)  # noqa: E731
+        return jax.lax.map(maps.push(W[None]), x), lambda dx: (of_W(dx), jax.lax.map(lambda d: pull(tuple(d)), dx))
+
+    def direction(maps, state, W, R, xs):
+        x, pull_inputs = inputs(maps, W, xs)
+        h = jnp.moveaxis(jnp.full(state.h.shape, 0.1), 0, maps.rows)
+        push, pull = maps.push(R), maps.pull(R, h)
 
         def step(h, _):
-            new = maps.product(h, R)[..., 0, :]
-            return new, h
+            return maps.unstack(push(h))[0], h
 
         last, hs = jax.lax.scan(step, h, None, length=x.shape[0])
         if pass_ != BOTH:
             return x, last
-        d_h = jax.lax.scan(lambda _, d: (back(d)[0], None), h, x)[0]
+        d_h = jax.lax.scan(lambda _, d: (pull(tuple(maps.unstack(d))), None), h, x)[0]
         d_R = jax.vjp(lambda R: maps.product(hs, R), R)[1](x)
-        return d_h, d_R, pull_projection(x)
+        return d_h, d_R, pull_inputs(x)
 
-    xs = jnp.asarray(given.inputs[0])
-    return jax_program(lambda weights, xs: [direction(W, R, xs) for W, R in weights], weights, xs)
+    def run(weights, xs):
+        return [direction(maps, state, *own, xs) for (_, maps, state), own in zip(each, weights)]
+
+    return jax_program(run, weights, jnp.asarray(given.inputs[0]))
+
+
+class NoProducts(Maps):
+    """The recurrent product is zero, and costs nothing."""
+
+    def product(self, h, R):
+        N, _, G, F = R.shape
+        return jnp.zeros((*h.shape[:-1], G, N * F), h.dtype)
+
+    def pull(self, R, like):
+        return lambda d_r: jnp.zeros_like(like)
+
+
+def loop(case: Case, pass_: str, given: Data) -> Program:
+    """The loop over time alone: the rule, its states and outputs, with the gates given and no product."""
+    each = directions(case, given)
+    B, T = given.inputs[0].shape[:2]
+    gates = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, len(each[0][0].gates), case.sizes["H"])))
+
+    def apply(params, gates):
+        del params
+        return [
+            recurrent(one.rule, gates, one.R[...], state, params=one.rule_params(), maps=NoProducts(), form="fused")[0]
+            for one, _, state in each
+        ]
+
+    cotangent = [jnp.ones((B, T, case.sizes["H"]))] * len(each)
+    gates = gates.astype(jnp.float32)
+    return jax_program(both(apply), (), gates, cotangent) if pass_ == BOTH else jax_program(apply, (), gates)
 
 
 def memory_products(case: Case, pass_: str, given: Data) -> Program:

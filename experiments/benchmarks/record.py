@@ -14,7 +14,7 @@ from xlstm_jax.metrics import write_atomically
 
 OURS, BOUND = "ours", "bound"  # the two libraries that are no peers
 DEFAULT = "default"  # the form that a user gets without asking
-PRODUCTS = "products alone"
+PRODUCTS, LOOP = "products alone", "loop alone"
 
 
 class Entry(NamedTuple):

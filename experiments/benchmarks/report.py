@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.benchmarks import record
 from experiments.benchmarks.cases import SUITES
-from experiments.benchmarks.record import BOUND, DEFAULT, OURS
+from experiments.benchmarks.record import BOUND, DEFAULT, LOOP, OURS, PRODUCTS
 from experiments.formats import between_marks
 from xlstm_jax.metrics import write_atomically
 
@@ -26,6 +26,7 @@ SUMMARY = (
     "target",
     "",
     "products alone / ours",
+    "loop alone / ours",
     "gradient error",
 )
 DETAILS = (
@@ -101,7 +102,7 @@ def summary(group: list[Row]) -> list[str]:
     first, mine = group[0], ours(group)
     form, other = fastest(group, True), fastest(group, False)
     named = lambda row: "–" if row is None else f"{number(median(row))} {row['implementation']}"  # noqa: E731
-    bound = next((r for r in group if r["library"] == BOUND and timed(r)), None)
+    bounds = {r["implementation"]: median(r) for r in group if r["library"] == BOUND and timed(r)}
     errors = [r["gradient_check"] for r in group if r["gradient_check"]]
     wrong = next((check for check in errors if not check["ok"]), None)
     return [
@@ -113,7 +114,7 @@ def summary(group: list[Row]) -> list[str]:
         with_quartiles(mine, "ratio") if mine and mine["ratio"] else "–",
         "–" if first["target"] is None else f"{first['target']:g}",
         verdict(mine) if mine else "not timed",
-        share(median(bound) / median(mine)) if mine and bound else "–",
+        *(share(bounds[name] / median(mine)) if mine and name in bounds else "–" for name in (PRODUCTS, LOOP)),
         ("**wrong**: " if wrong else "") + (f"{max(check['error'] for check in errors):.0e}" if errors else "–"),
     ]
 
@@ -269,7 +270,8 @@ def draw_roofline(axis, found: list[list[Row]]) -> None:
     """Operations a second against operations a byte moved, under what the machine does at most."""
     points = {"ours": [], "products": []}
     for group in found:
-        for kind, row in (("ours", ours(group)), ("products", next((r for r in group if r["library"] == BOUND), None))):
+        bound = next((r for r in group if r["implementation"] == PRODUCTS), None)
+        for kind, row in (("ours", ours(group)), ("products", bound)):
             if row and timed(row) and row["operations"] and row["traffic_bytes"]:
                 rate = row["operations"] / median(row) / 1e6  # ms to GFLOP/s
                 points[kind].append((row["operations"] / row["traffic_bytes"], rate, row["case"]))

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.benchmarks import layers, peers, whole
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.layers import Data
-from experiments.benchmarks.record import BOUND, OURS, PRODUCTS
+from experiments.benchmarks.record import BOUND, LOOP, OURS, PRODUCTS
 from experiments.benchmarks.timing import Program
 
 
@@ -31,6 +31,8 @@ def contenders(case: Case, names: list[str]) -> Iterator[Contender]:
         for form, options in layers.forms(case).items():
             yield Contender(OURS, form, partial(layer_program, case, options, given), outputs)
         yield Contender(BOUND, PRODUCTS, lambda pass_: layers.products(case, pass_, given), None)
+        if case.kind not in ("mlstm", "convlstm"):
+            yield Contender(BOUND, LOOP, lambda pass_: layers.loop(case, pass_, given), None)
     else:
         logits = (lambda result: np.asarray(result[0])) if case.kind == "prefill" else None
         for form, build in whole.forms(case).items():
