@@ -37,12 +37,12 @@ def test_forget_biases():
     np.testing.assert_allclose(cells.MLSTM(3, 8, rngs=nnx.Rngs(0)).f.bias[...], [3, 4, 5, 6])
 
 
-@pytest.mark.parametrize("form", ["scan", "fused"])
-def test_reverse_is_the_mirrored_sequence(x64, form):
+@pytest.mark.parametrize("form, B", [("scan", 2), ("fused", 2), ("fused", 32)])  # 32: the rows last
+def test_reverse_is_the_mirrored_sequence(x64, form, B):
     keys = jax.random.split(jax.random.key(0), 5)
-    gates, R = jax.random.normal(keys[0], (2, 7, 4, 3)), jax.random.normal(keys[1], (1, 3, 4, 3))
-    mask, reset = jax.random.bernoulli(keys[2], 0.7, (2, 7)), jax.random.bernoulli(keys[3], 0.3, (2, 7))
-    state = LSTMState(*jax.random.normal(keys[4], (2, 2, 3)))
+    gates, R = jax.random.normal(keys[0], (B, 7, 4, 3)), jax.random.normal(keys[1], (1, 3, 4, 3))
+    mask, reset = jax.random.bernoulli(keys[2], 0.7, (B, 7)), jax.random.bernoulli(keys[3], 0.3, (B, 7))
+    state = LSTMState(*jax.random.normal(keys[4], (2, B, 3)))
 
     def loss(gates, R, reverse):
         flags = [mask, reset] if reverse else [mask[:, ::-1], reset[:, ::-1]]

@@ -61,6 +61,29 @@ def test_rows_last_is_the_plain_loop(x64, served, name):
     assert served
 
 
+def test_runs_side_by_side(x64, served):
+    """As a sweep trains several seeds in one program."""
+    runs = [nnx.split(cells.LSTM(D_in, D, param_dtype=jnp.float64, rngs=nnx.Rngs(seed))) for seed in range(2)]
+    graphdef, params = runs[0][0], [params for _, params in runs]
+    xs = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D_in)))
+    gradient = jax.grad(lambda params: jnp.sum(jnp.sin(nnx.merge(graphdef, params)(xs)[0])))
+    got = jax.vmap(gradient)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *params))
+    close(got, jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(gradient, params)))
+    assert served
+
+
+def test_narrow_parameters_and_inputs(served):
+    """bfloat16 outside, float32 inside: each gradient in its own dtype, as of the plain loop."""
+    xs, found = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D_in)), jnp.bfloat16), []
+    for form in ("scan", "fused"):
+        narrow = dict(param_dtype=jnp.bfloat16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(cells.LSTM(D_in, D, form=form, **narrow))
+        loss = lambda params, xs, graphdef=graphdef: jnp.sum(jnp.sin(nnx.merge(graphdef, params)(xs)[0]))  # noqa: E731
+        found.append(jax.grad(loss, argnums=(0, 1))(params, xs))
+    assert served and {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+    close(*found, tolerance=0.02)
+
+
 def test_both_directions_without_flags(x64, served):
     make = lambda **form: cells.GRU(D_in, D, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **form)  # noqa: E731
     xs = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D_in)))

@@ -32,11 +32,12 @@ def memory():
     [
         lambda: layer(lambda: cells.LSTM(16, 32, chunk_size=32, memory_budget=10**9, rngs=nnx.Rngs(0))),
         lambda: layer(lambda: cells.LSTM(16, 32, chunk_size=16, memory_budget=10**9, rngs=nnx.Rngs(0)), MANY),
+        lambda: layer(lambda: cells.PeepholeLSTM(16, 32, memory_budget=10**9, rngs=nnx.Rngs(0)), MANY),
         lambda: layer(lambda: cells.GRU(16, 32, remat=True, memory_budget=10**9, rngs=nnx.Rngs(0)), MANY),
         lambda: layer(lambda: cells.SLSTM(16, 32, chunk_size=8, remat=True, memory_budget=10**9, rngs=nnx.Rngs(0))),
         memory,
     ],
-    ids=["lstm", "lstm, rows last", "gru, rows last, remat", "slstm, remat", "mlstm"],
+    ids=["lstm", "lstm, rows last", "peepholes, rows last", "gru, rows last, remat", "slstm, remat", "mlstm"],
 )
 def test_the_bytes_are_those_of_the_compiled_program(case):
     function, arguments = case()

@@ -144,6 +144,7 @@ def test_weights_are_not_copied_once_more():
 def saved(tmp_path):
     """A folder in Hugging Face's layout."""
     convert.save_pretrained(build(**LARGE), tmp_path / "hf", "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["chunk_size"] == 64  # a number, where ours is None
     return tmp_path / "hf"
 
 

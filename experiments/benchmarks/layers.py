@@ -1,4 +1,4 @@
-"""Our layers of a case: what is timed in each form, what it must agree with, and its matrix products alone."""
+"""Our layers of a case: what is timed in each form, what it must agree with, and its matrix products and its loop alone."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,10 +11,10 @@ from flax import nnx
 from experiments.benchmarks.cases import BOTH, Case
 from experiments.benchmarks.timing import Program, jax_program
 from xlstm_jax import cells
-from xlstm_jax.kernels.feature_major import FeatureMajor, serves
+from xlstm_jax.kernels.feature_major import LONGEST_CHUNK, FeatureMajor, serves, turned
+from xlstm_jax.kernels.fused import fused
 from xlstm_jax.kernels.mlstm import mlstm
-from xlstm_jax.kernels.recurrent import recurrent
-from xlstm_jax.kernels.rules import Maps, Spec, Weights
+from xlstm_jax.kernels.rules import Given, Maps, Spec, Weights
 
 RULE_FORMS = {
     "default": {},
@@ -36,6 +36,7 @@ MEMORY_FORMS = {
 KINDS = ("lstm", "gru", "bilstm", "slstm", "convlstm", "mlstm")
 LONGEST_PARALLEL = 2048  # steps
 CHECKED = dict(B=2, T=272)  # sizes of the gradient check, at most; the others are the case's own
+ROWS_LAST = 32  # rows of the check, where a case has as many: from there on a CPU has them last
 TOLERANCE = 1e-9  # of a gradient, relative to its largest entry
 PRODUCT_CHUNK = 64  # the chunk that the mLSTM's products are counted for
 
@@ -136,7 +137,8 @@ def plain(case: Case) -> str:
 
 def check(case: Case) -> dict[str, dict[str, Any]]:
     """By form: the error of its float64 gradients, relative to the plain form's by autodiff."""
-    sizes = {axis: min(size, CHECKED.get(axis, size)) for axis, size in case.sizes.items()}
+    least = CHECKED | (dict(B=ROWS_LAST) if case.sizes["B"] >= ROWS_LAST else {})
+    sizes = {axis: min(size, least.get(axis, size)) for axis, size in case.sizes.items()}
     small = case._replace(sizes=sizes)
     given, found, want = data(small), {}, None
     with jax.enable_x64(True):
@@ -166,7 +168,7 @@ def directions(case: Case, given: Data) -> list[tuple[cells.Cell, Maps, Any]]:
     found = []
     for one in [each.forward, each.backward] if case.kind == "bilstm" else [each]:
         state = one.initial_state(given.inputs[0].shape[0])
-        spec, weights = Spec(one.rule, one.maps, jnp.float32, False, False), Weights(one.R, None, None, None, ())
+        spec, weights = Spec(one.rule, one.maps, jnp.float32, False, False), Weights(one.R, None, None, None, one.rule_params())
         found.append((one, FeatureMajor() if serves(spec, weights, state) else one.maps, state))
     return found
 
@@ -221,22 +223,37 @@ class NoProducts(Maps):
         return lambda d_r: jnp.zeros_like(like)
 
 
+class NoProductsLast(FeatureMajor):
+    """The same with the rows last."""
+
+    def product(self, h, R):
+        N, _, G, F = R.shape
+        return jnp.zeros((*h.shape[:-2], G, N * F, h.shape[-1]), h.dtype)
+
+    push = Maps.push
+
+    def pull(self, R, like):
+        return lambda d_r: jnp.zeros_like(like)
+
+
 def loop(case: Case, pass_: str, given: Data) -> Program:
     """The loop over time alone: the rule, its states and outputs, with the gates given and no product."""
-    each = directions(case, given)
-    B, T = given.inputs[0].shape[:2]
-    gates = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, len(each[0][0].gates), case.sizes["H"])))
+    each, (B, T) = directions(case, given), given.inputs[0].shape[:2]
+    gates = np.random.default_rng(0).standard_normal((B, T, len(each[0][0].gates), case.sizes["H"]), np.float32)
+
+    def direction(one, maps, state, gates):
+        spec, nothing = Spec(one.rule, NoProducts(), jnp.float32, False, False), Given(None, None, ())
+        weights = Weights(one.R[...], None, None, None, one.rule_params())
+        if not maps.inputs_in_loop:
+            return fused(spec, one.chunk_size, gates, weights, state, nothing, None)[0]
+        spec, state, nothing, _ = turned(spec, state, nothing, None)
+        return fused(spec._replace(maps=NoProductsLast()), LONGEST_CHUNK, gates, weights, state, nothing, None)[0]
 
     def apply(params, gates):
-        del params
-        return [
-            recurrent(one.rule, gates, one.R[...], state, params=one.rule_params(), maps=NoProducts(), form="fused")[0]
-            for one, _, state in each
-        ]
+        return [direction(*one, gates) for one in each]
 
     cotangent = [jnp.ones((B, T, case.sizes["H"]))] * len(each)
-    gates = gates.astype(jnp.float32)
-    return jax_program(both(apply), (), gates, cotangent) if pass_ == BOTH else jax_program(apply, (), gates)
+    return jax_program(*((both(apply), (), gates, cotangent) if pass_ == BOTH else (apply, (), gates)))
 
 
 def memory_products(case: Case, pass_: str, given: Data) -> Program:

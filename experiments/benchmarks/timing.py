@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SAMPLE_SECONDS = 0.005  # a shorter program is run several times for one sample
+WARM_SECONDS = 0.1  # a shorter program runs once before a sample: caches and heap are then as in a loop of its own
 PAUSE_SECONDS = 0.01  # before each sample: the threads of another library's pool stop spinning
 LEAST_SAMPLES = 3
 
@@ -76,31 +77,31 @@ def free_bytes() -> int | None:
 def interleave(
     programs: dict[str, Program], rounds: int, seconds: float, progress: Callable[[int], None] = lambda n: None
 ) -> dict[str, list[float] | Exception]:
-    """Seconds of each program in each round, all in turn, every second round backwards; what it raised if it failed.
+    """Seconds of each program in each round, all in turn, in another order each round; what it raised if it failed.
 
     Each has run once before, and runs once more to see how often it must run for one sample.
     A program that has had `seconds` and LEAST_SAMPLES samples is left out of later rounds.
     """
     found: dict[str, list[float] | Exception] = {}
-    repeats = {}
+    repeats, warm, random = {}, {}, np.random.default_rng(0)
     for name, program in programs.items():
         try:
             start = time.perf_counter()
             program.run()
             once = time.perf_counter() - start
             repeats[name], found[name] = max(1, int(np.ceil(SAMPLE_SECONDS / max(once, 1e-7)))), []
+            warm[name] = once < WARM_SECONDS
         except (RuntimeError, MemoryError) as error:
             found[name] = error
     for number in range(rounds):
         progress(number)
-        order = list(repeats)
-        for name in reversed(order) if number % 2 else order:
+        for name in random.permutation(list(repeats)):
             times, n = found[name], repeats[name]
             if len(times) >= LEAST_SAMPLES and n * sum(times) > seconds:
                 continue
             time.sleep(PAUSE_SECONDS)
-            if n > 1:
-                programs[name].run()  # caches as in a loop of its own
+            if warm[name]:
+                programs[name].run()
             start = time.perf_counter()
             for _ in range(n):
                 programs[name].run()

@@ -27,7 +27,7 @@ from jax.nn import sigmoid
 from jaxtyping import Array, Float
 
 from ..kernels.choice import CHOSEN_FORMS
-from ..kernels.rules import stack, unstack
+from ..kernels.rules import stack
 from .base import RecurrentCell
 
 
@@ -79,7 +79,7 @@ class LSTMRule:
         """The new c, the output o tanh(c), and the gates' pre-activations."""
         if "gain_x" in params:
             shares = ((x, "gain_x"), (r[: len(x)], "gain_r"))  # after r comes what is projected
-            x, r = (unstack(normalized(stack(a), params[gain])) for a, gain in shares)
+            x, r = (jnp.unstack(normalized(stack(a), params[gain]), axis=-2) for a, gain in shares)
             if "bias" in params:
                 x = tuple(a + b for a, b in zip(x, params["bias"]))
         share = {gate: a + b for gate, a, b in zip(self.gates, x, r)}

@@ -213,7 +213,7 @@ def large_config(model: LM, layout: str) -> dict[str, Any]:
         sequence_kernel="native_sequence__native",
         step_kernel="native",
         mode="inference",
-        chunk_size=mixer.chunk_size,
+        chunk_size=mixer.chunk_size or 64,
         return_last_states=True,
         autocast_kernel_dtype="float32",
         eps=float(mixer.eps),

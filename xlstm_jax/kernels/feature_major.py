@@ -2,8 +2,8 @@
 
 R h is then a product with R on the left, which reads R as it lies; with R on the right XLA brings all of it into
 another order at each step, which takes about as long as the product with a few rows. The same holds for W x, so that
-the loop over time does that too, and no share of all steps is ever written. It pays where a vector of the processor is
-full of rows.
+the loop over time does that too, and forward alone writes no share of all steps. It pays from two full vectors of the
+processor on.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ VECTOR = 16  # float32 numbers of AVX-512
 LONGEST_CHUNK = 32  # steps whose rule is linearised at once; nothing else needs a chunk where there is no remat
 
 
+@dataclass(frozen=True)
 class FeatureMajor(Maps):
     """The maps of `Dense`, with the same weights."""
 
@@ -72,12 +73,14 @@ class FeatureMajor(Maps):
         return jnp.arange(xs.shape[1]), gates
 
     def pull_step(self, spec: Spec, weights: Weights):
-        return self.stack if weights.W is None else spec.pull(weights.W[None], None)
+        return (lambda dx: None) if weights.W is None else spec.pull(weights.W[None], None)
 
     def pull_inputs(self, spec: Spec, xs: Float[Array, "B T ..."], weights: Weights, dx: Float[Array, "T G D B"], d_xs):
         d_b = None if weights.b is None else jnp.sum(dx, axis=(0, -1))
         d_W = None
-        if weights.W is not None:
+        if weights.W is None:
+            d_xs = dx
+        else:
             x = self.by_step(xs).astype(spec.dtype)
             d_W = jax.vjp(lambda W: spec.product(x, W[None]), weights.W)[1](dx)[0]
         return self.by_row(d_xs).astype(xs.dtype), d_W, d_b
@@ -102,7 +105,10 @@ class Turned:
 
 
 def over_rows(function: Callable, x: Gates, r: Gates, state: State, params: Any, *noise: Array) -> Any:
-    """A function of rows first, of arrays with the rows last; parameters have an axis of one row in front."""
+    """A function of rows first, of arrays with the rows last; parameters have an axis of one row in front.
+
+    They are broadcast, as vmap would move the rows to the front beside an operand without them.
+    """
     params = jax.tree.map(lambda p: jnp.broadcast_to(p[0][..., None], (*p.shape[1:], state.h.shape[-1])), params)
     return jax.vmap(function, in_axes=-1, out_axes=-1)(x, r, state, params, *noise)
 
@@ -115,7 +121,7 @@ def serves(spec: Spec, weights: Weights, state: State) -> bool:
         and spec.dtype == state.h.dtype
         and state.h.shape[0] % VECTOR == 0 < state.h.shape[0] // (2 * VECTOR)
         and all(a.ndim == 2 for a in jax.tree.leaves(state))
-        and all(a.ndim > 1 and len(a) == 1 for a in jax.tree.leaves(weights.params))
+        and all(jnp.ndim(a) > 1 and len(a) == 1 for a in jax.tree.leaves(weights.params))
     )
 
 

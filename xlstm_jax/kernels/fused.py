@@ -1,6 +1,6 @@
 """The fused form of a rule: a scan over chunks of time with its own gradient.
 
-The input projection runs inside the chunk; backward, the rule is linearised for all steps of a chunk at once, the
+The input projection runs inside the chunk (inside the loop with the rows last: `feature_major.py`); backward, the rule is linearised for all steps of a chunk at once, the
 reverse loop holds only that linear map and the recurrent products, and the gradients of R, S, W and b are one product
 each a chunk. `remat=True` keeps one state a chunk and computes the others again. The gradient is exact; it has no
 forward-mode derivative.
@@ -23,7 +23,6 @@ def fused(spec, chunk_size, xs, weights, state, given, scale):
     """Outputs (B, T, D) and the last state: whole chunks first, then the shorter tail (before them in reverse)."""
     if feature_major.serves(spec, weights, state):
         spec, state, given, scale = feature_major.turned(spec, state, given, scale)
-        chunk_size = chunk_size if spec.remat else min(chunk_size, feature_major.LONGEST_CHUNK)
     T = xs.shape[1]
     L = -(-T // -(-T // chunk_size))  # as few chunks, and as equal ones as can be
     bounds = [(0, T - T % L), (T - T % L, T)] if T % L else [(0, T)]
@@ -39,24 +38,26 @@ def fused(spec, chunk_size, xs, weights, state, given, scale):
 def fused_bytes(spec, xs, weights, state, given, scale) -> dict[bool, Bytes]:
     """What the fused form sets aside, by remat: the traced shapes of one step, counted as often as they are held."""
 
-    def step(xs, weights, state, given, scale):
-        x = project(spec, xs[:, :1], weights, state.h.dtype)
-        state, ys, kept = _run_chunk(spec, xs[:, :1], weights, state, jax.tree.map(first, given), scale, keep=True)
+    def one_step(xs, weights, state, given, scale):
+        x, turned = project(spec, xs[:, :1], weights, state.h.dtype), spec
+        if feature_major.serves(spec, weights, state):
+            turned, state, given, scale = feature_major.turned(spec, state, given, scale)
+        state, ys, kept = _run_chunk(turned, xs[:, :1], weights, state, jax.tree.map(first, given), scale, keep=True)
         one = jax.tree.map(lambda a: a[0], kept)
         given = jax.tree.map(lambda a: a[0], given)
-        return x, ys, kept, linearised(spec, weights, one, given, scale)
+        return x, ys, kept, linearised(turned, weights, one, given, scale)
 
     def first(a):
         return a[:1]
 
-    x, ys, kept, linear = jax.eval_shape(step, xs, weights, state, given, scale)
+    x, ys, kept, linear = jax.eval_shape(one_step, xs, weights, state, given, scale)
     x, ys, kept, linear, step_in = (size(a) for a in (x, ys, kept, linear, xs[:, 0]))
     outside = max(ys, step_in)  # the outputs, then the gradients of the inputs
     work = linear + 3 * x  # the transposed rule; the gates, and their gradients as one array and as one a gate
     return {False: Bytes(outside + kept, 0, work), True: Bytes(outside, size(state), work)}
 
 
-# The fused form: T is a multiple of the chunk length L from here on.
+# T is a multiple of the chunk length L from here on.
 
 
 def _chunk_inputs(n, L, xs, given):
@@ -173,7 +174,7 @@ def _forward(spec, L, xs, weights, state, given, scale, keep):
 
     T = xs.shape[1]
     if spec.maps.inputs_in_loop and not spec.remat:
-        L = T
+        L = T  # nothing is projected chunk by chunk or computed again: one loop
     state, (ys, kept) = jax.lax.scan(body, state, jnp.arange(T // L), reverse=spec.reverse)
     return spec.maps.by_row(ys.reshape(T, *ys.shape[2:])), state, kept
 

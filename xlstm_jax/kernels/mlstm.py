@@ -9,8 +9,9 @@ with log f = log sigmoid(f~) and log i = i~ (`input_gate="exp"`), or log i = log
 
     "recurrent"  one step after another, linear in T
     "parallel"   all pairs of steps at once, quadratic in T
-    "chunkwise"  parallel inside chunks of at most `chunk_size` steps, recurrent between them; the gradient keeps
-                 the memory before each chunk and computes the rest again (`mlstm_chunkwise.py`)
+    "chunkwise"  parallel inside chunks of at most `chunk_size` steps (None: by the widths and the device), recurrent
+                 between them; the gradient keeps the memory before each chunk and computes the rest again
+                 (`mlstm_chunkwise.py`)
     "pallas"     the same as one kernel forward and one backward, for a TPU (`pallas_mlstm.py`) or a GPU
                  (`pallas_mlstm_gpu.py`); "pallas_interpret": the same kernel interpreted, on any device, for tests
     "auto"       "pallas" where the program is for one TPU and the kernel serves it, else "chunkwise" (`choice.py`)

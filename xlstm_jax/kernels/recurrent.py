@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ..names import unknown
-from . import local
+from . import feature_major, local
 from .choice import CHOSEN_FORMS, choose, record, target
 from .fused import fused, fused_bytes
 from .memory import check_budget, fitting
@@ -57,7 +57,8 @@ def recurrent(
     (zero) state. `reverse` runs from the last step to the first. `state_scale` (B, D) multiplies h before each product
     with R and before `inner` sees it; `noise`, arrays (B, T, ...), is handed to the rule step by step; neither has a
     gradient. `memory_budget`, in bytes or "auto", lets the fused form take the chunk length nearest to `chunk_size`,
-    and remat only where it must, so that what forward and backward set aside fits.
+    and remat only where it must, so that what forward and backward set aside fits. Without remat, and with the rows
+    last (`feature_major.py`), a chunk has at most 32 steps.
     """
     forms = (*FORMS, *CHOSEN_FORMS, "cudnn")
     if form not in forms:
@@ -80,6 +81,9 @@ def recurrent(
 def _run(form, spec, chunk_size, memory_budget, *arguments):
     """Outputs (B, T, D) and the last state, in the form that serves the arguments."""
     choice = choose(form, target(), partial(_plan, form, spec, *arguments))
+    _, weights, state, *_ = arguments
+    if choice.form == "fused" and not spec.remat and feature_major.serves(spec, weights, state):
+        chunk_size = min(chunk_size, feature_major.LONGEST_CHUNK)
     if memory_budget is not None and choice.form == "fused":
         costs = [(remat, cost) for remat, cost in fused_bytes(spec, *arguments).items() if remat or not spec.remat]
         fit = fitting(arguments[0].shape[1], chunk_size, memory_budget, costs)

@@ -5,10 +5,11 @@ A rule is the elementwise heart of a cell in its paper's symbols,
     rule(x, r, state, params) -> (state, output)
 
 with x the input's share and r the recurrent share of the pre-activations, each a tuple of one (B, D) array a gate, and
-a NamedTuple state that has a field `h` (B, D), the vector that the recurrent matrix multiplies. A rule that needs a
+a NamedTuple state that has a field `h` (B, D), the vector that the recurrent matrix multiplies; the output is (B, D).
+It treats each row on its own and counts axes from the last, as it may be handed one row (D,). A rule that needs a
 second product within a step (a reset gate before the product, a projection after the output gate) is an object with a
 method `inner(x, r, state, params)`: its value times S is appended to r. The linear maps of the inputs and of h are
-`Dense` or anything with its methods (a convolution), so that a gate may have any shape (B, ..., D).
+`Dense` or other `Maps` (a convolution), so that a gate may have any shape (B, ..., D).
 
 The maps also say in which order the axes of a step's arrays lie: rows first, or last (`feature_major.py`).
 """
@@ -176,13 +177,8 @@ def project(spec: Spec, xs: Float[Array, "B T ..."], weights: Weights, dtype: DT
     return x + weights.b.reshape((1,) * (x.ndim - 2) + weights.b.shape).astype(dtype)
 
 
-def unstack(gates: Array) -> Gates:
-    """One array a gate, from the last axis but one."""
-    return jnp.unstack(gates, axis=-2)
-
-
 def stack(gates: Gates) -> Array:
-    """The inverse of `unstack`; on a CPU written gate by gate, as XLA there does not vectorise what it concatenates."""
+    """All gates along the last axis but one; on a CPU written one by one, as XLA does not vectorise a concatenation."""
     if target().platform != "cpu":
         return jnp.stack(gates, axis=-2)
     stacked = jnp.empty((*gates[0].shape[:-1], len(gates), gates[0].shape[-1]), gates[0].dtype)
