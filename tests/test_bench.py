@@ -31,7 +31,7 @@ def test_from_a_case_to_the_page(tmp_path, monkeypatch, capsys):
     assert bench.main(["--suite=cells", "--case=lstm", "--report", *flags]) == 0
     rows = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
     forms = ["default", "scan", "fused 16"]
-    assert [row["implementation"] for row in rows] == 2 * [*forms, record.PRODUCTS, "other", "broken"]
+    assert [row["implementation"] for row in rows] == 2 * [*forms, record.PRODUCTS, record.LOOP, "other", "broken"]
     assert {row["case"] for row in rows} == {"lstm-2x20x8x8"} and {row["pass"] for row in rows} == {FORWARD, BOTH}
     for row in rows:
         if row["implementation"] == "broken":

@@ -1,4 +1,4 @@
-"""Our layers of a case: what is timed in each form, what it must agree with, and its matrix products and its loop alone."""
+"""Our layers of a case: what is timed in each form, what it must agree with, its matrix products and its loop alone."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -168,7 +168,8 @@ def directions(case: Case, given: Data) -> list[tuple[cells.Cell, Maps, Any]]:
     found = []
     for one in [each.forward, each.backward] if case.kind == "bilstm" else [each]:
         state = one.initial_state(given.inputs[0].shape[0])
-        spec, weights = Spec(one.rule, one.maps, jnp.float32, False, False), Weights(one.R, None, None, None, one.rule_params())
+        spec = Spec(one.rule, one.maps, jnp.float32, False, False)
+        weights = Weights(one.R, None, None, None, one.rule_params())
         found.append((one, FeatureMajor() if serves(spec, weights, state) else one.maps, state))
     return found
 

@@ -1,9 +1,9 @@
 """The fused form of a rule: a scan over chunks of time with its own gradient.
 
-The input projection runs inside the chunk (inside the loop with the rows last: `feature_major.py`); backward, the rule is linearised for all steps of a chunk at once, the
-reverse loop holds only that linear map and the recurrent products, and the gradients of R, S, W and b are one product
-each a chunk. `remat=True` keeps one state a chunk and computes the others again. The gradient is exact; it has no
-forward-mode derivative.
+The input projection runs inside the chunk (with the rows last inside the loop: `feature_major.py`); backward, the rule
+is linearised for all steps of a chunk at once, the reverse loop holds only that linear map and the recurrent products,
+and the gradients of R, S, W and b are one product each a chunk. `remat=True` keeps one state a chunk and computes the
+others again. The gradient is exact; it has no forward-mode derivative.
 """
 
 from functools import partial
