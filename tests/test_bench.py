@@ -48,11 +48,11 @@ def test_from_a_case_to_the_page(tmp_path, monkeypatch, capsys):
         if row["library"] != record.BOUND:
             assert row["difference"] < 1e-5
     page = (tmp_path / report.PAGE).read_text()
-    assert page.count("| lstm-2x20x8x8 | forward |") == 1 + 6 and "KeyError" in page and "no measurement" in page
+    assert page.count("| lstm-2x20x8x8 | forward |") == 1 + 7 and "KeyError" in page and "no measurement" in page
     assert (tmp_path / report.PICTURE).read_bytes().startswith(b"\x89PNG")
-    record.add(tmp_path, "cells", rows[:6])  # the same case and pass again: it takes the place of the older rows
+    record.add(tmp_path, "cells", rows[:7])  # the same case and pass again: it takes the place of the older rows
     again = record.read(tmp_path, "cells")
-    assert len(again) == 12 and again[6:] == rows[:6]
+    assert len(again) == 14 and again[7:] == rows[:7]
     assert "ours" in capsys.readouterr().out
 
 
