@@ -19,7 +19,7 @@ from .choice import target
 from .rules import Dense, Gates, Given, Maps, Rule, Spec, State, Weights
 
 VECTOR = 16  # float32 numbers of AVX-512
-LONGEST_CHUNK = 32  # steps whose rule is linearised at once; nothing else needs a chunk where there is no remat
+LONGEST_CHUNK = 16  # steps whose rule is linearised at once; nothing else needs a chunk where there is no remat
 
 
 @dataclass(frozen=True)

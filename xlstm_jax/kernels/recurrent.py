@@ -58,7 +58,7 @@ def recurrent(
     with R and before `inner` sees it; `noise`, arrays (B, T, ...), is handed to the rule step by step; neither has a
     gradient. `memory_budget`, in bytes or "auto", lets the fused form take the chunk length nearest to `chunk_size`,
     and remat only where it must, so that what forward and backward set aside fits. Without remat, and with the rows
-    last (`feature_major.py`), a chunk has at most 32 steps.
+    last (`feature_major.py`), a chunk has at most 16 steps.
     """
     forms = (*FORMS, *CHOSEN_FORMS, "cudnn")
     if form not in forms:
