@@ -11,7 +11,7 @@ from flax import nnx
 from experiments.benchmarks.cases import BOTH, Case
 from experiments.benchmarks.timing import Program, jax_program
 from xlstm_jax import cells
-from xlstm_jax.kernels.feature_major import LONGEST_CHUNK, FeatureMajor, serves, turned
+from xlstm_jax.kernels.feature_major import LEAST_ROWS, LONGEST_CHUNK, FeatureMajor, serves, turned
 from xlstm_jax.kernels.fused import fused
 from xlstm_jax.kernels.mlstm import mlstm
 from xlstm_jax.kernels.rules import Given, Maps, Spec, Weights
@@ -36,7 +36,6 @@ MEMORY_FORMS = {
 KINDS = ("lstm", "gru", "bilstm", "slstm", "convlstm", "mlstm")
 LONGEST_PARALLEL = 2048  # steps
 CHECKED = dict(B=2, T=272)  # sizes of the gradient check, at most; the others are the case's own
-ROWS_LAST = 32  # rows of the check, where a case has as many: from there on a CPU has them last
 TOLERANCE = 1e-9  # of a gradient, relative to its largest entry
 PRODUCT_CHUNK = 64  # the chunk that the mLSTM's products are counted for
 
@@ -137,7 +136,7 @@ def plain(case: Case) -> str:
 
 def check(case: Case) -> dict[str, dict[str, Any]]:
     """By form: the error of its float64 gradients, relative to the plain form's by autodiff."""
-    least = CHECKED | (dict(B=ROWS_LAST) if case.sizes["B"] >= ROWS_LAST else {})
+    least = CHECKED | (dict(B=LEAST_ROWS) if case.sizes["B"] >= LEAST_ROWS else {})  # a CPU has as many last
     sizes = {axis: min(size, least.get(axis, size)) for axis, size in case.sizes.items()}
     small = case._replace(sizes=sizes)
     given, found, want = data(small), {}, None

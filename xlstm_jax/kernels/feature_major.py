@@ -19,6 +19,7 @@ from .choice import target
 from .rules import Dense, Gates, Given, Maps, Rule, Spec, State, Weights
 
 VECTOR = 16  # float32 numbers of AVX-512
+LEAST_ROWS = 2 * VECTOR
 LONGEST_CHUNK = 16  # steps whose rule is linearised at once; nothing else needs a chunk where there is no remat
 
 
@@ -119,7 +120,8 @@ def serves(spec: Spec, weights: Weights, state: State) -> bool:
         target().platform == "cpu"
         and isinstance(spec.maps, Dense)
         and spec.dtype == state.h.dtype
-        and state.h.shape[0] % VECTOR == 0 < state.h.shape[0] // (2 * VECTOR)
+        and len(state.h) >= LEAST_ROWS
+        and len(state.h) % VECTOR == 0
         and all(a.ndim == 2 for a in jax.tree.leaves(state))
         and all(jnp.ndim(a) > 1 and len(a) == 1 for a in jax.tree.leaves(weights.params))
     )
