@@ -80,6 +80,8 @@ def test_a_text_goes_on_as_before_wherever_it_is_cut(monkeypatch):
     blocks = list(stream(model(), PROMPTS, 8, key, sampling, block=3))
     assert [block.shape for block in blocks] == [(3, 3), (3, 3), (3, 2)]
     np.testing.assert_array_equal(np.concatenate(blocks, axis=1), want)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):  # layers apart
+        np.testing.assert_array_equal(generate.generate(model(), PROMPTS, 8, key, sampling), want)
 
 
 def test_a_prompts_length_needs_no_other_program():

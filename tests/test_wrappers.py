@@ -94,6 +94,26 @@ def test_layers_are_compiled_one_by_one_on_one_cpu_device_alone(monkeypatch):
         assert unrolled() == [1]
 
 
+def test_layers_apart_are_the_same_without_a_copy_and_on_one_cpu_device_alone():
+    layers = [cells.GRU(16, 16, rngs=nnx.Rngs(seed)) for seed in range(3)]
+    xs = jax.random.normal(jax.random.key(1), (3, 7, 16))
+    stack = cells.Stack([cells.Stack(layers, pattern=["gru"] * 3), cells.GRU(16, 16, rngs=nnx.Rngs(3))])
+    want, states = stack(xs)
+    assert wrappers.layers_apart(stack) is stack  # the tests' 8 devices
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
+        apart = wrappers.layers_apart(stack)
+        ys, new = apart(xs)
+        assert nnx.eval_shape(wrappers.layers_apart, stack).layers[0].repeats == 1
+    assert (stack.layers[0].repeats, apart.layers[0].repeats, len(apart.layers[0].layers)) == (3, 1, 3)
+    np.testing.assert_allclose(ys, want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(np.stack([state.h for state in new[0]]), states[0][0].h, rtol=1e-6, atol=1e-6)
+    whole = jax.tree.leaves(nnx.state(stack.layers[0].layers))
+    for n, layer in enumerate(apart.layers[0].layers):
+        for part, stacked in zip(jax.tree.leaves(nnx.state(layer)), whole, strict=True):
+            at = stacked.unsafe_buffer_pointer() + n * part.nbytes
+            assert part.unsafe_buffer_pointer() == at or at % 64
+
+
 @contextlib.contextmanager
 def unchecked():
     """The calls as users have them, without the run-time annotations that pytest adds."""

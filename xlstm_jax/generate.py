@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32, Key, PyTree
 
 from .cells.arguments import is_integer
+from .cells.wrappers import layers_apart
 
 PADDING = -1  # what a row gives after its stop token
 BLOCK = 32  # tokens a dispatch
@@ -214,7 +215,7 @@ def stream(
     if key is None and sampling.temperature:
         raise ValueError("key is None: tokens are drawn by a key, jax.random.key(0) say, unless temperature is 0")
     key = jax.random.key(0) if key is None else key
-    graphdef, params = nnx.split(model)
+    graphdef, params = nnx.split(layers_apart(model))
     options = dict(graphdef=graphdef, sampling=sampling, num_tokens=num_tokens, block=min(block, bucket(length)))
     return _blocks(params, rows, length, key, stop, options)
 
@@ -237,7 +238,7 @@ def _blocks(params, rows, length, key, stop, options):
 
 def compiled_block(model: nnx.Module, batch_size: int = 1, sampling: Sampling = PLAIN, *, block: int = BLOCK):
     """The program that writes one block of so many rows, compiled without a weight or state of it being made."""
-    graphdef, params = nnx.split(model)
+    graphdef, params = nnx.split(nnx.eval_shape(layers_apart, model))
     tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
     y, state = jax.eval_shape(functools.partial(_read, graphdef=graphdef), params, tokens, None, None, None)
     position, done = (jax.ShapeDtypeStruct((batch_size,), dtype) for dtype in (jnp.int32, bool))
@@ -352,6 +353,7 @@ def beam_search(
         raise ValueError(f"beams is {beams!r}: an integer from 1 to {num_tokens}, the number of tokens, is needed")
     if not isinstance(length_penalty, Real) or not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty is {length_penalty!r}: a finite number is needed")
+    model = layers_apart(model)
     graphdef, params = nnx.split(model)
     axes, size, B = batch_axes(model), min(block, bucket(length)), len(rows)
     y, state = prefill(graphdef, params, rows)

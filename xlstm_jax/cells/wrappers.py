@@ -1,10 +1,12 @@
 """Cells made of cells: `Bidirectional` and `Stack`, under the same contract (a bidirectional one has no `step`)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
@@ -229,9 +231,37 @@ class Stack(Cell):
         inputs = (params, state, keys)
         first = jax.tree.map(lambda a: a[0], inputs)
         dtype = jax.eval_shape(body, xs, first)[0].dtype  # layers may compute in another dtype than the inputs'
-        here = target()
-        unrolled = here.platform == "cpu" and here.devices == 1 and self.repeats <= UNROLLED
+        unrolled = on_one_cpu() and self.repeats <= UNROLLED
         return jax.lax.scan(body, xs.astype(dtype), inputs, unroll=self.repeats if unrolled else 1)
+
+
+def on_one_cpu() -> bool:
+    """Whether what is traced now is for one CPU device."""
+    here = target()
+    return here.platform == "cpu" and here.devices == 1
+
+
+def layers_apart(model: nnx.Module) -> nnx.Module:
+    """On one CPU device the same model with the weights of each layer in arrays of their own, elsewhere the model.
+
+    For loops that read all weights again and again: a slice of stacked ones would be copied each time. The states of
+    a stack then have no axis of repeats. Outside of `jax.jit` the arrays are views: no memory is taken.
+    """
+    if not on_one_cpu():
+        return model
+
+
+    def part(a, n):
+        return a[n] if isinstance(a, jax.core.Tracer) else jax.device_put(np.asarray(a)[n], may_alias=True)
+
+    model = nnx.merge(*nnx.split(model))
+    for _, stack in nnx.iter_graph(model):
+        if isinstance(stack, Stack) and stack.repeats > 1:
+            graphdef, params = nnx.split(stack.layers)
+            groups = [nnx.merge(graphdef, jax.tree.map(partial(part, n=n), params)) for n in range(stack.repeats)]
+            stack.layers = nnx.List([layer for group in groups for layer in group])
+            stack.period, stack.repeats = len(stack.layers), 1
+    return model
 
 
 def smallest_period(pattern: tuple[str, ...]) -> int:
