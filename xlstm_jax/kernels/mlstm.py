@@ -191,16 +191,18 @@ def _chunkwise(inputs, state, chunk_size, options):
     chunks = groups * N
 
     def cut(a, fill=0):
-        axis = _time_axis(a)
-        widths = [(0, chunks * L - T if n == axis else 0) for n in range(a.ndim)]
-        a = jnp.pad(a, widths, constant_values=fill) if widths[axis][1] else a
-        return jnp.moveaxis(a.reshape(*a.shape[:axis], chunks, L, *a.shape[axis + 1 :]), axis, 0)
+        """(B, H, T, ...) to (M, N, L, ...)."""
+        a = jnp.pad(a, [(0, 0), (0, 0), (0, chunks * L - T), *[(0, 0)] * (a.ndim - 3)], constant_values=fill)
+        return a.reshape(B * H, chunks, L, *a.shape[3:])
 
-    parts = jax.tree.map(cut, inputs)._replace(log_i=cut(inputs.log_i, -jnp.inf))
+    reset = None if inputs.reset is None else jnp.broadcast_to(inputs.reset[:, None], (B, H, T))
+    parts = jax.tree.map(cut, inputs._replace(reset=reset))._replace(log_i=cut(inputs.log_i, -jnp.inf))
+    memories = jax.tree.map(lambda a: a.reshape(B * H, *a.shape[2:]), state)
     if chunks == 1 and target().platform == "cpu":
-        state = state._replace(C=_no_constant(state.C, inputs.k, inputs.v))
-    h, state = mlstm_chunkwise.run(groups, *parts, state, **options)
-    return jnp.moveaxis(h, 0, 2).reshape(B, H, chunks * L, -1)[:, :, :T], state
+        memories = memories._replace(C=_no_constant(memories.C, parts.k, parts.v))
+    h, memories = mlstm_chunkwise.run(groups, *parts, memories, **options)
+    state = jax.tree.map(lambda a, old: a.reshape(old.shape), memories, state)
+    return h.reshape(B, H, chunks * L, -1)[:, :, :T], state
 
 
 def _no_constant(C: Array, k: Array, v: Array) -> Array:
@@ -209,7 +211,7 @@ def _no_constant(C: Array, k: Array, v: Array) -> Array:
     jaxlib 0.10.2 fuses the chunk's products into one call of YNNPACK, which on a CPU gives any numbers at all where one
     of them is with a broadcast constant, as the empty memory is.
     """
-    never = k[:, :, 0, :, None] + v[:, :, 0, None, :] > jnp.inf
+    never = k[:, 0, 0, :, None] + v[:, 0, 0, None, :] > jnp.inf
     return jnp.where(never, 1, C)
 
 
@@ -238,11 +240,6 @@ def chunkwise_bytes(inputs: Inputs, state: MLSTMState) -> Bytes:
     """From the shapes."""
     B, H, T, _ = inputs.q.shape
     return Bytes(B * H, math.prod(state.C.shape[2:]), size(inputs) // T, size(state), size(state.m))
-
-
-def _time_axis(a: Array) -> int:
-    """Reset is (B, T), all others (B, H, T, ...)."""
-    return 1 if a.ndim == 2 else 2
 
 
 def _parallel(inputs, state, chunk_size, options):

@@ -26,17 +26,17 @@ from .rules import emptied, select
 
 
 class Gates(NamedTuple):
-    """Of N chunks of L steps; segment: which sequence of its chunk a step is of; sound: m_in was finite."""
+    """Of M memories, N chunks of L steps; segment: which sequence of its chunk a step is of; sound: m_in was finite."""
 
-    F: Float[Array, "N B H L"]
-    a: Float[Array, "N B H L"]
-    m: Float[Array, "N B H L"]
-    m_in: Float[Array, "N B H"]
-    segment: Int[Array, "N B 1 L"] | None
-    sound: Bool[Array, "N B H"] | None
+    F: Float[Array, "M N L"]
+    a: Float[Array, "M N L"]
+    m: Float[Array, "M N L"]
+    m_in: Float[Array, "M N"]
+    segment: Int[Array, "M N L"] | None
+    sound: Bool[Array, "M N"] | None
 
     @property
-    def carried(self) -> Bool[Array, "N B 1 L"] | None:
+    def carried(self) -> Bool[Array, "M N L"] | None:
         """The steps that see the memory before the chunk."""
         return None if self.segment is None else self.segment == 0
 
@@ -70,12 +70,14 @@ def run(
     stabilise: bool,
     normalize: bool,
     eps: float,
-) -> tuple[Float[Array, "N B H L V"], Any]:
-    """Chunks q, k (N, B, H, L, K), v (N, B, H, L, V), gates (N, B, H, L), reset (N, B, L) to h and the last state."""
+) -> tuple[Float[Array, "M N L V"], Any]:
+    """Chunks q, k (M, N, L, K), v (M, N, L, V), gates and reset (M, N, L) of M memories to h and the last state.
+
+    The memories of all rows and heads are one axis, as XLA on a CPU takes ten times as long for sums where an axis of
+    one row is left in front.
+    """
     gates, m_last = _gates(log_i, log_f, reset, state.m, stabilise)
-    parts = jax.tree.map(lambda a: a.reshape(groups, -1, *a.shape[1:]), ((q, k, v), gates))
-    memory, (h, sound) = _groups((normalize, eps), *parts, (state.C, state.n))
-    h, sound = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (h, sound))
+    memory, (h, sound) = _groups((groups, normalize, eps), (q, k, v), gates, (state.C, state.n))
     C, n = memory
     if reset is not None:  # what a memory that is no number gives is none either, but to the sequences after a reset
         h = jnp.where((sound[..., None] | ~gates.carried)[..., None], h, jnp.nan)
@@ -89,7 +91,7 @@ def _gates(log_i, log_f, reset, m, stabilise):
         F = jnp.cumsum(log_f, axis=-1)
         highest = F + jax.lax.cummax(log_i - F, axis=log_i.ndim - 1)
     else:  # sums that never leave their own sequence, so that nothing before a reset is in them, exactly
-        segment = jnp.cumsum(reset, axis=-1)[:, :, None]
+        segment = jnp.cumsum(reset, axis=-1)
         carried = segment == 0
         pairs = _pairs(log_f.shape[-1], segment)
         F = jnp.where(pairs, log_f[..., None, :], 0).sum(axis=-1)
@@ -100,8 +102,9 @@ def _gates(log_i, log_f, reset, m, stabilise):
         start = emptied(None if carried is None else ~carried, m)
         return (jnp.maximum(F + start, highest) if stabilise else start), m
 
-    last = jax.tree.map(lambda a: a[..., -1], (F, highest, carried))
+    last = jax.tree.map(lambda a: jnp.moveaxis(a[..., -1], 1, 0), (F, highest, carried))
     m_last, m_in = jax.lax.scan(step, m, last)
+    m_in = m_in.T
     sound = None
     if reset is not None:
         sound = jnp.isfinite(m_in)
@@ -113,24 +116,24 @@ def _gates(log_i, log_f, reset, m, stabilise):
 
 def _pairs(L, segment):
     """Which step (second last axis) sees which: those before it and itself, of its own sequence."""
-    pairs = jnp.tril(jnp.ones((L, L), bool))[None, None, None]
+    pairs = jnp.tril(jnp.ones((L, L), bool))[None, None]
     return pairs if segment is None else pairs & (segment[..., :, None] == segment[..., None, :])
 
 
 def _weights(gates):
-    """W (N, B, H, L, L)."""
+    """W (M, N, L, L)."""
     F, a, m, _, segment, _ = gates
     return jnp.exp(jnp.where(_pairs(F.shape[-1], segment), (F - m)[..., :, None] + a[..., None, :], -jnp.inf))
 
 
 def _carried_weights(gates):
-    """o (N, B, H, L), of the memory before the chunk at each step."""
+    """o (M, N, L), of the memory before the chunk at each step."""
     o = jnp.exp(gates.F + gates.m_in[..., None] - gates.m)
     return o if gates.segment is None else jnp.where(gates.carried, o, 0)
 
 
 def _last_weights(gates):
-    """W_L (N, B, H, L), of each step in the memory after the chunk."""
+    """W_L (M, N, L), of each step in the memory after the chunk."""
     w = jnp.exp((gates.F - gates.m)[..., -1:] + gates.a)
     return w if gates.segment is None else jnp.where(gates.segment == gates.segment[..., -1:], w, 0)
 
@@ -147,31 +150,51 @@ def _floor(m):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _groups(options, qkv, gates, memory):
-    """The last C and n; h, and with resets whether the memory before each chunk was a number. All have a leading axis
-    of groups."""
+    """The last C and n; h, and with resets whether the memory before each chunk was a number."""
     return _groups_forward(options, qkv, gates, memory)[0]
 
 
 def _groups_forward(options, qkv, gates, memory):
-    memory, (outputs, kept) = _scan(partial(_forward, *options), memory, (qkv, gates))
+    groups, *options = options
+    memory, (outputs, kept) = _scan(groups, partial(_forward, *options), memory, (qkv, gates))
     return (memory, outputs), (qkv, gates._replace(sound=outputs[1]), outputs[0], kept)
 
 
 def _groups_backward(options, residuals, cotangents):
+    groups, *options = options
     d_memory, (dh, _) = cotangents
-    d_memory, (d_qkv, d_gates) = _scan(partial(_backward, *options), d_memory, (*residuals, dh), reverse=True)
+    d_memory, (d_qkv, d_gates) = _scan(groups, partial(_backward, *options), d_memory, (*residuals, dh), reverse=True)
     return d_qkv, d_gates, d_memory
 
 
 _groups.defvjp(_groups_forward, _groups_backward)
 
 
-def _scan(body, carry, xs, reverse=False):
-    """`jax.lax.scan`; without a loop where there is one group."""
-    if jax.tree.leaves(xs)[0].shape[0] > 1:
-        return jax.lax.scan(body, carry, xs, reverse=reverse)
-    carry, ys = body(carry, jax.tree.map(lambda a: a[0], xs))
-    return carry, jax.tree.map(lambda a: a[None], ys)
+def _scan(groups, body, carry, chunks, reverse=False):
+    """`jax.lax.scan` over groups of chunks; without a loop where there is one."""
+    if groups == 1:
+        return body(carry, chunks)
+    parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(len(a), groups, -1, *a.shape[2:]), 1, 0), chunks)
+    carry, ys = jax.lax.scan(body, carry, parts, reverse=reverse)
+    return carry, jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:]), ys)
+
+
+def _from_chunk_to_chunk(step, memory, chunks, reverse=False):
+    """`jax.lax.scan` over the chunks, axis 1 of what is read and of what is kept: step(memory, chunk) -> memory, kept."""
+    N = chunks[0].shape[1]
+
+    def at(n):
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, n, 1, keepdims=False), chunks)
+
+    def body(number, carry):
+        memory, all_kept = carry
+        n = N - 1 - number if reverse else number
+        memory, kept = step(memory, at(n))
+        return memory, jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, n, 1), all_kept, kept)
+
+    kept = jax.eval_shape(step, memory, jax.eval_shape(at, 0))[1]
+    kept = jax.tree.map(lambda a: jnp.zeros((len(a), N, *a.shape[1:]), a.dtype), kept)
+    return jax.lax.fori_loop(0, N, body, (memory, kept))
 
 
 def _product(spec, *arrays):
@@ -184,22 +207,24 @@ def _forward(normalize, eps, memory, group):
     (q, k, v), gates = group
     o, w = _carried_weights(gates), _last_weights(gates)
 
+    written = w[..., None] * k
+    own = _product("...jk,...jv->...kv", written, v), written.sum(axis=-2) if normalize else None
+
     def step(memory, of_chunk):
-        k, v, w, decay, carried, sound = of_chunk
+        decay, own, carried, sound = of_chunk
         if sound is not None:  # a memory that is no number is put back where it is seen: 0 times an infinity is no 0
             C, n = memory
-            sound = sound & jnp.isfinite(C).all((2, 3)) & jnp.isfinite(n).all(2)
+            sound = sound & jnp.isfinite(C).all((1, 2)) & jnp.isfinite(n).all(1)
             memory = select(sound, memory, jax.tree.map(jnp.zeros_like, memory))
         before = C, n = memory
-        written = w[..., None] * k
-        C = decay[..., None, None] * C + _product("bhjk,bhjv->bhkv", written, v)
-        n = decay[..., None] * n + written.sum(axis=2) if normalize else n
+        C = decay[..., None, None] * C + own[0]
+        n = decay[..., None] * n + own[1] if normalize else n
         if sound is not None:
             C, n = select(sound | ~carried, (C, n), jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), (C, n)))
-        return (C, n), (*before, sound)
+        return (C, n), (before if normalize else (before[0], None), sound)
 
     carried = None if gates.segment is None else gates.carried[..., -1]
-    memory, (C, n, sound) = jax.lax.scan(step, memory, (k, v, w, o[..., -1], carried, gates.sound))
+    memory, ((C, n), sound) = _from_chunk_to_chunk(step, memory, (o[..., -1], own, carried, gates.sound))
     P = _product("...tk,...jk->...tj", q, k) * _weights(gates)
     h = o[..., None] * _product("...tk,...kv->...tv", q, C) + _product("...tj,...jv->...tv", P, v)
     den = None
@@ -224,7 +249,7 @@ def _backward(normalize, eps, d_memory, group):
     d_m = -unit
 
     d_old = _product("...tk,...tv->...kv", o[..., None] * q, d_num)
-    d_n_old = (q * (o * d_den)[..., None]).sum(axis=-2) if normalize else jnp.zeros_like(n)
+    d_n_old = (q * (o * d_den)[..., None]).sum(axis=-2) if normalize else None
 
     def step(d_memory, of_chunk):
         decay, own, carried, sound = of_chunk
@@ -235,11 +260,11 @@ def _backward(normalize, eps, d_memory, group):
             decay[..., None, None] * dC + own[0],
             decay[..., None] * dn + own[1] if normalize else dn,
         )
-        return emptied(None if sound is None else ~sound, d_before), d_memory
+        return emptied(None if sound is None else ~sound, d_before), (dC, dn if normalize else None)
 
     last_carried = None if carried is None else carried[..., -1]
-    steps = (o[..., -1], (d_old, d_n_old), last_carried, gates.sound)
-    d_memory, (dC, dn) = jax.lax.scan(step, d_memory, steps, reverse=True)
+    chunks = o[..., -1], (d_old, d_n_old), last_carried, gates.sound
+    d_memory, (dC, dn) = _from_chunk_to_chunk(step, d_memory, chunks, reverse=True)
 
     W = _weights(gates)
     P = _product("...tk,...jk->...tj", q, k) * W
