@@ -156,19 +156,37 @@ def test_whole_models_learn_in_one_program():
     assert one.step.tolist() == [2, 2] and one.seed.tolist() == [0, 1]
 
 
+def row_of(case, label, seconds, run, compile_seconds=None):
+    """A row as a run writes it."""
+    library = record.OURS if label == record.DEFAULT else "flax"
+    entry = record.Entry(library, label, Program(lambda: 0, compile_seconds), [seconds], None)
+    stamp = {"suite": "mlstm", "run": run, "quick": False}
+    return record.rows(stamp, case, BOTH, [entry], 1.0, Machine(1e9, 1e9))[0]
+
+
 def test_growth_is_taken_within_a_run():
     short, long, most = report.GROWTH
-    (case,) = cases.choose("mlstm", short, False)
-    rows = []
-    for name, T, seconds, run in ((short, 1024, 0.1, "x"), (long, 8192, 1.2, "x"), (long, 8192, 9.0, "y")):
-        case = case._replace(sizes=case.sizes | {"T": T})
-        assert case.name == name
-        entry = record.Entry(record.OURS, record.DEFAULT, Program(lambda: 0), [seconds], None)
-        stamp = {"suite": "mlstm", "run": run, "quick": False}
-        rows.append(record.rows(stamp, case, BOTH, [entry], 1.0, Machine(1e9, 1e9))[0])
-    (line,) = report.growth(rows[:2])
+    a, b = cases.choose("mlstm", f"{short},{long}", False)
+    rows = [
+        *(row_of(a, record.DEFAULT, 0.1, "x", 2.0), row_of(b, record.DEFAULT, 1.2, "x", 3.0)),
+        *(row_of(a, "other", 0.1, "x", 4.0), row_of(b, "other", 9.0, "x", 50.0)),
+    ]
+    (line,) = report.growth(rows)
     assert "12.0 times" in line and "missed by 33 %" in line and most == 9
-    assert report.growth([rows[0], rows[2]]) == []
+    assert "ours 2 s, then 3 s; other 4 s, then 50 s" in line
+    for apart in (rows[:1], [rows[0], rows[1] | {"run": "y"}]):
+        (line,) = report.growth(apart)
+        assert "not in one run" in line and f"--case={short},{long}" in line
+    assert report.growth([row | {"case": "mlstm-2x2048x4x64x64"} for row in rows]) == []
+
+
+def test_a_peer_that_a_case_lacks_is_named():
+    a, b = cases.choose("mlstm", "mlstm-1x1024x4x64x64,mlstm-1x8192x4x64x64", False)
+    rows = [row_of(a, record.DEFAULT, 1.0, "x"), row_of(a, "other", 1.0, "x"), row_of(b, record.DEFAULT, 1.0, "y")]
+    assert report.absent(rows[:2]) == []
+    (line,) = report.absent(rows)
+    assert line.endswith(f"other at {b.name} {BOTH}.")
+    assert report.runs(rows) == "Rows of 2 runs: x (mlstm), y (mlstm)."
 
 
 @pytest.mark.parametrize(
