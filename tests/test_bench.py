@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import bench
-from experiments.benchmarks import cases, layers, peers, record, report, suites, timing, whole
+from experiments.benchmarks import bounds, cases, layers, peers, record, report, suites, timing, whole
 from experiments.benchmarks.cases import BOTH, FORWARD, Case
 from experiments.benchmarks.suites import Contender
 from experiments.benchmarks.timing import Machine, Program, TooLarge
@@ -136,6 +136,31 @@ def test_operations_are_those_that_the_compiler_counts():
         for pass_ in (FORWARD, BOTH):
             layers.products(case, pass_, given)
             assert seen["flops"] == pytest.approx(layers.flops(case, pass_), rel=0.02)
+
+
+@pytest.mark.parametrize("kind, T", [("train[1:0]", 64), ("prefill", 64)])
+def test_the_operations_of_a_model_are_those_of_its_products(kind, T):
+    """Where there is no loop over time the compiler can count them."""
+    case = Case(kind, dict(B=2, T=T, D=32, layers=2), {})
+    seen = {}
+
+    def counted(function, *args):
+        seen["flops"] = jax.jit(function).lower(*args).cost_analysis()["flops"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounds, "jax_program", counted)
+        bounds.program(case, "")
+    assert seen["flops"] == pytest.approx(bounds.operations(case), rel=0.02)
+
+
+@pytest.mark.parametrize("suite", ["train", "decode", "sweep"])
+def test_whole_models_and_their_bounds_run(suite):
+    for case in cases.choose(suite, None, True):
+        (pass_,) = case.targets
+        builders = {contender.label: contender.build for contender in suites.contenders(case, [])}
+        for label in (record.DEFAULT, record.PRODUCTS):
+            program = builders[label](pass_)
+            assert program.compile_seconds > 0 and program.temp_bytes > 0 and program.run() is not None
 
 
 def test_cases_are_named_once_and_small_ones_are_small():
