@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import bench
-from experiments.benchmarks import bounds, cases, layers, peers, record, report, suites, timing, whole
+from experiments.benchmarks import bounds, cases, layers, peak, peers, record, report, suites, timing, whole
 from experiments.benchmarks.cases import BOTH, FORWARD, Case
 from experiments.benchmarks.suites import Contender
 from experiments.benchmarks.timing import Machine, Program, TooLarge
@@ -161,6 +161,22 @@ def test_whole_models_and_their_bounds_run(suite):
         for label in (record.DEFAULT, record.PRODUCTS):
             program = builders[label](pass_)
             assert program.compile_seconds > 0 and program.temp_bytes > 0 and program.run() is not None
+
+
+@pytest.mark.skipif(not peak.RESET.exists(), reason="the memory of a process is counted as Linux does")
+def test_memory_is_that_of_a_run(tmp_path, capsys):
+    """An array that is freed again counts, and one that is there before does not."""
+    held, numbers = np.ones(2**23), 2**22
+    assert 0.9 < peak.growth(Program(lambda: float(np.ones(numbers)[0] + held[0]))) / (8 * numbers) < 1.5
+    flags = ["--suite=mlstm", "--case=mlstm-1x1024x4x64x64", "--quick", "--peers=none", f"--out={tmp_path}"]
+    assert bench.main([*flags, "--memory"]) == 2
+    assert "holds no rows of these cases" in capsys.readouterr().err
+    (case,) = cases.choose(*(flag.partition("=")[2] for flag in flags[:2]), True)
+    rows = [row_of(case, record.DEFAULT, 1.0, "x"), row_of(case, "gone", 1.0, "x") | {"library": record.OURS}]
+    record.add(tmp_path, "mlstm", rows)
+    assert bench.main([*flags, "--memory"]) == 0
+    default, gone = record.read(tmp_path, "mlstm")
+    assert default["peak_bytes"] >= 0 and "peak_bytes" not in gone and "StopIteration" in capsys.readouterr().out
 
 
 def test_cases_are_named_once_and_small_ones_are_small():

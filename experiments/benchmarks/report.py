@@ -37,6 +37,7 @@ DETAILS = (
     "lowest – highest",
     "of fastest other",
     "temporary MiB",
+    "growth MiB",
     "compile s",
     "of product peak",
     "of bandwidth",
@@ -125,13 +126,14 @@ def details(row: Row) -> list[str]:
     start = [row["case"], row["pass"], row["implementation"]]
     if not timed(row):
         return [*start, row["error"].replace("|", "/"), *[""] * (len(DETAILS) - 5), row["run"]]
-    ms, temp = row["milliseconds"], row["temp_bytes"]
+    ms, mib = row["milliseconds"], lambda name: number(row[name] / 2**20 if row.get(name) is not None else None)
     return [
         *start,
         number(ms["median"]),
         f"{number(ms['lowest'])} – {number(ms['highest'])}",
         with_quartiles(row, "ratio") if row["ratio"] else "–",
-        number(temp / 2**20 if temp is not None else None),
+        mib("temp_bytes"),
+        mib("peak_bytes"),
         number(row["compile_seconds"], 2),
         share(row["share_of_products"]),
         share(row["share_of_bandwidth"]),
