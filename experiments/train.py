@@ -36,6 +36,7 @@ from experiments.build import (
 from xlstm_jax import distributed, metrics, precision, sharding, train
 from xlstm_jax.checkpoint import FORMAT
 from xlstm_jax.data import tokenizers
+from xlstm_jax.data.tokens import cache_root
 
 
 def run(
@@ -166,14 +167,14 @@ def check_format(path: Path, saved: dict[str, Any]) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs in $XLSTM_JAX_CACHE or ~/.cache/xlstm_jax/jax, unless a JAX cache is set already."""
+    """Keep compiled programs in `jax` in the `cache_root`, unless a JAX cache is set already."""
     if jax.config.jax_compilation_cache_dir:
         return
-    folder = Path(os.environ.get("XLSTM_JAX_CACHE") or Path.home() / ".cache/xlstm_jax/jax").expanduser()
     try:
+        folder = cache_root() / "jax"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # a read-only home costs a compilation, not the run
+    except (OSError, RuntimeError):
+        return  # a read-only home, or none, costs a compilation, not the run
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

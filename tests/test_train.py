@@ -84,6 +84,25 @@ def test_a_finished_run_only_evaluates_again(tmp_path):
     assert before == (tmp_path / "metrics.jsonl").read_text()
 
 
+def test_the_next_dispatch_starts_before_the_last_is_read_and_takes_its_memory(monkeypatch):
+    calls, states, dispatch, get = [], [], train._dispatch, jax.device_get
+
+    def started(state, *args, **options):
+        calls.append("start")
+        states.append(state)
+        return dispatch(state, *args, **options)
+
+    def read(x):
+        calls.extend(["read"] * isinstance(x, train.StepMetrics))
+        return get(x)
+
+    monkeypatch.setattr(train, "_dispatch", started)
+    monkeypatch.setattr(jax, "device_get", read)
+    fit(20)
+    assert calls == ["start", "start", "read", "start", "read", "start", "read", "read"]
+    assert all(x.is_deleted() for state in states for x in jax.tree.leaves(state))
+
+
 def test_seeds_share_one_program():
     fit(5, seed=1)
     compiled = train._dispatch._cache_size()
@@ -264,6 +283,24 @@ def config(**changes):
         else:
             plain[section] = value
     return ConfigDict(plain).lock()
+
+
+@pytest.mark.parametrize("already", [None, "/mine"])
+def test_compiled_programs_are_kept_unless_the_user_says_where(tmp_path, monkeypatch, already):
+    """In a folder that cannot be made nothing is kept, and nothing fails."""
+    (tmp_path / "file").touch()
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
+    try:
+        for place, kept in ((tmp_path / "file", None), (tmp_path / "cache", tmp_path / "cache/jax")):
+            monkeypatch.setenv("XLSTM_JAX_CACHE", str(place))
+            jax.config.update(names[0], already)
+            script.use_compilation_cache()
+            assert jax.config.jax_compilation_cache_dir == (already or (kept and str(kept)))
+            assert kept is None or kept.is_dir() == (already is None)
+    finally:
+        for name, value in zip(names, before):
+            jax.config.update(name, value)
 
 
 @pytest.fixture
