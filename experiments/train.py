@@ -73,7 +73,7 @@ def run(
     environment["precision"] |= recorded_dtypes(plain)
     inputs = jax.eval_shape(lambda: task.batch("train", 0, 0, plain["batch_size"])).inputs
     with sharding.use(mesh):
-        environment["forms"] = chosen_forms(graphdef, shapes, inputs)
+        environment["forms"] = chosen_forms(graphdef, shapes, task, plain)
     work = flops.work(nnx.merge(graphdef, shapes), inputs.shape[1], jax.devices()[: 1 if mesh is None else mesh.size])
     record = {"id": workdir.name, "config": plain} | environment | {"data_hash": data_hash}
     stored = None if mesh is None else sharding.parameter_shardings(nnx.merge(graphdef, shapes), mesh)
@@ -249,6 +249,10 @@ def train_as_told(options, stop: distributed.Stop) -> int:
     found = {name: value for name, value in row.items() if name.startswith(("valid_", "test_"))}
     scores = [f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float)]
     done = f"already finished, nothing was trained; {result} has" if finished else "finished:"
+    timing = metrics.read(options.workdir / "timing.jsonl")
+    waited = metrics.waited(timing[-1]) if timing else None
+    if waited is not None:
+        scores.append(f"{100 * waited:.2f} % of training waited for data")
     print(f"{row['id']}: {done} {row['steps']} steps in {row['seconds']:.0f} s; {', '.join(scores)}")
     return 0
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from experiments import demo, generate, gradient_flow, sweep, table
 from experiments import train as script
-from experiments.build import resolve
+from experiments.build import abstract_model, build_task, chosen_forms, resolve
 from tests.configs import tiny
 from tests.stand_in import Recall, model
 from xlstm_jax import metrics, models, optim, train
@@ -365,6 +365,17 @@ def test_run_row_repeat_and_another_config(tmp_path, no_cache):
     ):
         script.run(config(model__dim=12, seed=1), tmp_path / "run", progress=False)
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_the_recorded_forms_are_those_of_a_step():
+    """A step sees the rows of a micro-batch: the bytes that are stated are theirs."""
+
+    def forms(**changes):
+        plain = resolve(config(model__memory_budget=10**6, **changes))
+        task = build_task(plain)
+        return chosen_forms(*abstract_model(plain, task), task, plain)
+
+    assert forms(batch_size=8, accumulate=2) == forms(batch_size=4) != forms(batch_size=8)
 
 
 def test_precision_and_forms_are_recorded_and_another_format_refused(tmp_path, no_cache):
