@@ -6,6 +6,7 @@
     --quick                    small sizes, few rounds, rows into runs/bench: to see it work
     --rounds=15 --seconds=10   samples of each program, and how long one may be sampled
     --out=results/bench        rows, one file a suite
+    --memory                   times nothing: adds to the rows there the bytes that a process grows by in a run (Linux)
     --report                   the tables of docs/speed.md, and speed.png, of all rows there (alone: times nothing)
 
 All contenders of a case run in turn in one process, and ratios are taken within the run only. The gradients of each of
@@ -22,7 +23,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments import command, runner
-from experiments.benchmarks import cases, peers, record, report, suites, timing
+from experiments.benchmarks import cases, peak, peers, record, report, suites, timing
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.record import Entry
 from experiments.benchmarks.suites import Contender
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--docs", type=Path, help="folder of the report (default: docs, with --quick that of the rows)")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args(argv)
     if options.suite is None and not options.report:
@@ -60,7 +62,10 @@ def main(argv: list[str]) -> int:
         names = peers.choose(options.peers)
         writable(out)
         jax.config.update("jax_enable_compilation_cache", False)  # compile times are those of a first run
-        failed = run(options.suite, chosen, names, rounds, seconds, options.quick, out, console)
+        if options.memory:
+            add_memory(options.suite, chosen, names, out, console)
+        else:
+            failed = run(options.suite, chosen, names, rounds, seconds, options.quick, out, console)
     if options.report:
         writable(docs)
         report.write(out, docs)
@@ -160,6 +165,27 @@ def measure(
             )
         )
     return entries
+
+
+def add_memory(suite: str, chosen: list[Case], names: list[str], out: Path, console) -> None:
+    """Measure each contender that has a row of this machine and no peak memory yet, and write that into its row."""
+    if jax.default_backend() != "cpu" or not peak.RESET.exists():
+        raise ValueError("--memory needs Linux and JAX on its CPU: it is the process's own memory that is counted")
+    here = jax.devices()[0].device_kind, timing.cores()
+    wanted, all_names = {case.name for case in chosen}, (record.OURS, record.BOUND, *names)
+    rows = [row for row in record.read(out, suite) if row["case"] in wanted and record.key(row)[2:] == here]
+    if not rows:
+        raise ValueError(f"{out} holds no rows of these cases: time them first, without --memory")
+    for group in report.groups(rows):
+        for row in group:
+            if row["library"] in all_names and report.timed(row) and row.get("peak_bytes") is None:
+                try:
+                    row["peak_bytes"] = peak.measure(row)
+                    found = f"{row['peak_bytes'] / 2**20:,.1f} MiB"
+                except RuntimeError as error:
+                    found = runner.one_line(error)
+                console.print(f"{row['case']}, {row['pass']}, {row['implementation']}: {found}", highlight=False)
+        record.add(out, suite, group)
 
 
 class Progress:

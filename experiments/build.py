@@ -135,15 +135,16 @@ def abstract_model(plain: dict[str, Any], task) -> tuple[nnx.GraphDef, PyTree]:
     return graphdef, shapes
 
 
-def chosen_forms(graphdef: nnx.GraphDef, shapes: PyTree, inputs: jax.ShapeDtypeStruct) -> list[str]:
-    """The forms that the model's cells run for such inputs, each with its reason, for the record of a run."""
+def chosen_forms(graphdef: nnx.GraphDef, shapes: PyTree, task, plain: dict[str, Any]) -> list[str]:
+    """The forms that the model's cells run in a training step, each with its reason, for the record of a run."""
+    B, terms = plain["batch_size"], train.terms_of(task, step_options(plain))
 
-    def apply(params, inputs):
-        return nnx.merge(graphdef, params)(inputs, key=jax.random.key(0))[0]
+    def step(params, batch):
+        carry = nnx.merge(graphdef, params).initial_state(B) if task.carries_state else None
+        return train.gradients(params, graphdef, batch, carry, jax.random.key(0), plain["accumulate"], **terms)
 
-    return list(
-        dict.fromkeys(f"{chosen.form}: {chosen.reason}" for chosen in choice.chosen_forms(apply, shapes, inputs))
-    )
+    chosen = choice.chosen_forms(step, shapes, jax.eval_shape(lambda: task.batch("train", 0, 0, B)))
+    return list(dict.fromkeys(f"{each.form}: {each.reason}" for each in chosen))
 
 
 def build_optimizer(plain: dict[str, Any]):

@@ -36,6 +36,7 @@ from experiments.build import (
 from xlstm_jax import distributed, metrics, precision, sharding, train
 from xlstm_jax.checkpoint import FORMAT
 from xlstm_jax.data import tokenizers
+from xlstm_jax.data.tokens import cache_root
 
 
 def run(
@@ -72,7 +73,7 @@ def run(
     environment["precision"] |= recorded_dtypes(plain)
     inputs = jax.eval_shape(lambda: task.batch("train", 0, 0, plain["batch_size"])).inputs
     with sharding.use(mesh):
-        environment["forms"] = chosen_forms(graphdef, shapes, inputs)
+        environment["forms"] = chosen_forms(graphdef, shapes, task, plain)
     work = flops.work(nnx.merge(graphdef, shapes), inputs.shape[1], jax.devices()[: 1 if mesh is None else mesh.size])
     record = {"id": workdir.name, "config": plain} | environment | {"data_hash": data_hash}
     stored = None if mesh is None else sharding.parameter_shardings(nnx.merge(graphdef, shapes), mesh)
@@ -166,14 +167,14 @@ def check_format(path: Path, saved: dict[str, Any]) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs in $XLSTM_JAX_CACHE or ~/.cache/xlstm_jax/jax, unless a JAX cache is set already."""
+    """Keep compiled programs in `jax` in the `cache_root`, unless a JAX cache is set already."""
     if jax.config.jax_compilation_cache_dir:
         return
-    folder = Path(os.environ.get("XLSTM_JAX_CACHE") or Path.home() / ".cache/xlstm_jax/jax").expanduser()
     try:
+        folder = cache_root() / "jax"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # a read-only home costs a compilation, not the run
+    except (OSError, RuntimeError):
+        return  # a read-only home, or none, costs a compilation, not the run
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
@@ -248,6 +249,10 @@ def train_as_told(options, stop: distributed.Stop) -> int:
     found = {name: value for name, value in row.items() if name.startswith(("valid_", "test_"))}
     scores = [f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float)]
     done = f"already finished, nothing was trained; {result} has" if finished else "finished:"
+    timing = metrics.read(options.workdir / "timing.jsonl")
+    waited = metrics.waited(timing[-1]) if timing else None
+    if waited is not None:
+        scores.append(f"{100 * waited:.2f} % of training waited for data")
     print(f"{row['id']}: {done} {row['steps']} steps in {row['seconds']:.0f} s; {', '.join(scores)}")
     return 0
 

@@ -135,8 +135,7 @@ def together(
     use_compilation_cache()
     environment = metrics.environment()
     environment["precision"] |= recorded_dtypes(first)
-    inputs = jax.eval_shape(lambda: task.batch("train", 0, 0, first["batch_size"])).inputs
-    environment["forms"] = chosen_forms(graphdef, shapes, inputs)
+    environment["forms"] = chosen_forms(graphdef, shapes, task, first)
     initial = jax.jit(lambda seed: nnx.split(build_model(first, task, seed))[1])
     members, places = [], [index for index, row in enumerate(found) if row is None]
     for index in places:

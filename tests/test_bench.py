@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import bench
-from experiments.benchmarks import cases, layers, peers, record, report, suites, timing, whole
+from experiments.benchmarks import bounds, cases, layers, peak, peers, record, report, suites, timing, whole
 from experiments.benchmarks.cases import BOTH, FORWARD, Case
 from experiments.benchmarks.suites import Contender
 from experiments.benchmarks.timing import Machine, Program, TooLarge
@@ -138,6 +138,47 @@ def test_operations_are_those_that_the_compiler_counts():
             assert seen["flops"] == pytest.approx(layers.flops(case, pass_), rel=0.02)
 
 
+@pytest.mark.parametrize("kind, T", [("train[1:0]", 64), ("prefill", 64)])
+def test_the_operations_of_a_model_are_those_of_its_products(kind, T):
+    """Where there is no loop over time the compiler can count them."""
+    case = Case(kind, dict(B=2, T=T, D=32, layers=2), {})
+    seen = {}
+
+    def counted(function, *args):
+        seen["flops"] = jax.jit(function).lower(*args).cost_analysis()["flops"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounds, "jax_program", counted)
+        bounds.program(case, "")
+    assert seen["flops"] == pytest.approx(bounds.operations(case), rel=0.02)
+
+
+@pytest.mark.parametrize("suite", ["train", "decode", "sweep"])
+def test_whole_models_and_their_bounds_run(suite):
+    for case in cases.choose(suite, None, True):
+        (pass_,) = case.targets
+        builders = {contender.label: contender.build for contender in suites.contenders(case, [])}
+        for label in (record.DEFAULT, record.PRODUCTS):
+            program = builders[label](pass_)
+            assert program.compile_seconds > 0 and program.temp_bytes > 0 and program.run() is not None
+
+
+@pytest.mark.skipif(not peak.RESET.exists(), reason="the memory of a process is counted as Linux does")
+def test_memory_is_that_of_a_run(tmp_path, capsys):
+    """An array that is freed again counts, and one that is there before does not."""
+    held, numbers = np.ones(2**23), 2**22
+    assert 0.9 < peak.growth(Program(lambda: float(np.ones(numbers)[0] + held[0]))) / (8 * numbers) < 1.5
+    flags = ["--suite=mlstm", "--case=mlstm-1x1024x4x64x64", "--quick", "--peers=none", f"--out={tmp_path}"]
+    assert bench.main([*flags, "--memory"]) == 2
+    assert "holds no rows of these cases" in capsys.readouterr().err
+    (case,) = cases.choose(*(flag.partition("=")[2] for flag in flags[:2]), True)
+    rows = [row_of(case, record.DEFAULT, 1.0, "x"), row_of(case, "gone", 1.0, "x") | {"library": record.OURS}]
+    record.add(tmp_path, "mlstm", rows)
+    assert bench.main([*flags, "--memory"]) == 0
+    default, gone = record.read(tmp_path, "mlstm")
+    assert default["peak_bytes"] >= 0 and "peak_bytes" not in gone and "StopIteration" in capsys.readouterr().out
+
+
 def test_cases_are_named_once_and_small_ones_are_small():
     names = [case.name for each in cases.SUITES.values() for case in each]
     assert len(set(names)) == len(names)
@@ -156,19 +197,37 @@ def test_whole_models_learn_in_one_program():
     assert one.step.tolist() == [2, 2] and one.seed.tolist() == [0, 1]
 
 
+def row_of(case, label, seconds, run, compile_seconds=None):
+    """A row as a run writes it."""
+    library = record.OURS if label == record.DEFAULT else "flax"
+    entry = record.Entry(library, label, Program(lambda: 0, compile_seconds), [seconds], None)
+    stamp = {"suite": "mlstm", "run": run, "quick": False}
+    return record.rows(stamp, case, BOTH, [entry], 1.0, Machine(1e9, 1e9))[0]
+
+
 def test_growth_is_taken_within_a_run():
     short, long, most = report.GROWTH
-    (case,) = cases.choose("mlstm", short, False)
-    rows = []
-    for name, T, seconds, run in ((short, 1024, 0.1, "x"), (long, 8192, 1.2, "x"), (long, 8192, 9.0, "y")):
-        case = case._replace(sizes=case.sizes | {"T": T})
-        assert case.name == name
-        entry = record.Entry(record.OURS, record.DEFAULT, Program(lambda: 0), [seconds], None)
-        stamp = {"suite": "mlstm", "run": run, "quick": False}
-        rows.append(record.rows(stamp, case, BOTH, [entry], 1.0, Machine(1e9, 1e9))[0])
-    (line,) = report.growth(rows[:2])
+    a, b = cases.choose("mlstm", f"{short},{long}", False)
+    rows = [
+        *(row_of(a, record.DEFAULT, 0.1, "x", 2.0), row_of(b, record.DEFAULT, 1.2, "x", 3.0)),
+        *(row_of(a, "other", 0.1, "x", 4.0), row_of(b, "other", 9.0, "x", 50.0)),
+    ]
+    (line,) = report.growth(rows)
     assert "12.0 times" in line and "missed by 33 %" in line and most == 9
-    assert report.growth([rows[0], rows[2]]) == []
+    assert "ours 2 s, then 3 s; other 4 s, then 50 s" in line
+    for apart in (rows[:1], [rows[0], rows[1] | {"run": "y"}]):
+        (line,) = report.growth(apart)
+        assert "not in one run" in line and f"--case={short},{long}" in line
+    assert report.growth([row | {"case": "mlstm-2x2048x4x64x64"} for row in rows]) == []
+
+
+def test_a_peer_that_a_case_lacks_is_named():
+    a, b = cases.choose("mlstm", "mlstm-1x1024x4x64x64,mlstm-1x8192x4x64x64", False)
+    rows = [row_of(a, record.DEFAULT, 1.0, "x"), row_of(a, "other", 1.0, "x"), row_of(b, record.DEFAULT, 1.0, "y")]
+    assert report.absent(rows[:2]) == []
+    (line,) = report.absent(rows)
+    assert line.endswith(f"other at {b.name} {BOTH}.")
+    assert report.runs(rows) == "Rows of 2 runs: x (mlstm), y (mlstm)."
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from xlstm_jax.kernels.mlstm import mlstm
 
 RECURRENT = cells.MLSTM(16, 8, form="recurrent", memory_budget=10**9, rngs=nnx.Rngs(0))
 XS = jax.ShapeDtypeStruct((4, 96, 16), jnp.float32)
+FRAMES = jax.ShapeDtypeStruct((4, 96, 6, 6, 2), jnp.float32)
+PICTURES = dict(space=(6, 6), chunk_size=16, memory_budget=10**9)
 MANY = jax.ShapeDtypeStruct((32, 96, 16), jnp.float32)
 
 
@@ -35,9 +37,15 @@ def memory():
         lambda: layer(lambda: cells.PeepholeLSTM(16, 32, memory_budget=10**9, rngs=nnx.Rngs(0)), MANY),
         lambda: layer(lambda: cells.GRU(16, 32, remat=True, memory_budget=10**9, rngs=nnx.Rngs(0)), MANY),
         lambda: layer(lambda: cells.SLSTM(16, 32, chunk_size=8, remat=True, memory_budget=10**9, rngs=nnx.Rngs(0))),
+        lambda: layer(lambda: cells.ConvLSTM(2, 8, 3, **PICTURES, rngs=nnx.Rngs(0)), FRAMES),
+        lambda: layer(lambda: cells.ConvLSTM(2, 8, 3, remat=True, **PICTURES, rngs=nnx.Rngs(0)), FRAMES),
+        lambda: layer(lambda: cells.ConvGRU(2, 8, 3, **PICTURES, rngs=nnx.Rngs(0)), FRAMES),
         memory,
     ],
-    ids=["lstm", "lstm, rows last", "peepholes, rows last", "gru, rows last, remat", "slstm, remat", "mlstm"],
+    ids=[
+        *("lstm", "lstm, rows last", "peepholes, rows last", "gru, rows last, remat", "slstm, remat"),
+        *("convlstm", "convlstm, remat", "convgru", "mlstm"),
+    ],
 )
 def test_the_bytes_are_those_of_the_compiled_program(case):
     function, arguments = case()

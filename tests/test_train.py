@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from experiments import demo, generate, gradient_flow, sweep, table
 from experiments import train as script
-from experiments.build import resolve
+from experiments.build import abstract_model, build_task, chosen_forms, resolve
 from tests.configs import tiny
 from tests.stand_in import Recall, model
 from xlstm_jax import metrics, models, optim, train
@@ -82,6 +82,25 @@ def test_a_finished_run_only_evaluates_again(tmp_path):
     _, second = fit(6, workdir=tmp_path)
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
     assert before == (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_the_next_dispatch_starts_before_the_last_is_read_and_takes_its_memory(monkeypatch):
+    calls, states, dispatch, get = [], [], train._dispatch, jax.device_get
+
+    def started(state, *args, **options):
+        calls.append("start")
+        states.append(state)
+        return dispatch(state, *args, **options)
+
+    def read(x):
+        calls.extend(["read"] * isinstance(x, train.StepMetrics))
+        return get(x)
+
+    monkeypatch.setattr(train, "_dispatch", started)
+    monkeypatch.setattr(jax, "device_get", read)
+    fit(20)
+    assert calls == ["start", "start", "read", "start", "read", "start", "read", "read"]
+    assert all(x.is_deleted() for state in states for x in jax.tree.leaves(state))
 
 
 def test_seeds_share_one_program():
@@ -266,6 +285,24 @@ def config(**changes):
     return ConfigDict(plain).lock()
 
 
+@pytest.mark.parametrize("already", [None, "/mine"])
+def test_compiled_programs_are_kept_unless_the_user_says_where(tmp_path, monkeypatch, already):
+    """In a folder that cannot be made nothing is kept, and nothing fails."""
+    (tmp_path / "file").touch()
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
+    try:
+        for place, kept in ((tmp_path / "file", None), (tmp_path / "cache", tmp_path / "cache/jax")):
+            monkeypatch.setenv("XLSTM_JAX_CACHE", str(place))
+            jax.config.update(names[0], already)
+            script.use_compilation_cache()
+            assert jax.config.jax_compilation_cache_dir == (already or (kept and str(kept)))
+            assert kept is None or kept.is_dir() == (already is None)
+    finally:
+        for name, value in zip(names, before):
+            jax.config.update(name, value)
+
+
 @pytest.fixture
 def no_cache(monkeypatch):
     monkeypatch.setattr(script, "use_compilation_cache", lambda: None)
@@ -328,6 +365,17 @@ def test_run_row_repeat_and_another_config(tmp_path, no_cache):
     ):
         script.run(config(model__dim=12, seed=1), tmp_path / "run", progress=False)
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_the_recorded_forms_are_those_of_a_step():
+    """A step sees the rows of a micro-batch: the bytes that are stated are theirs."""
+
+    def forms(**changes):
+        plain = resolve(config(model__memory_budget=10**6, **changes))
+        task = build_task(plain)
+        return chosen_forms(*abstract_model(plain, task), task, plain)
+
+    assert forms(batch_size=8, accumulate=2) == forms(batch_size=4) != forms(batch_size=8)
 
 
 def test_precision_and_forms_are_recorded_and_another_format_refused(tmp_path, no_cache):

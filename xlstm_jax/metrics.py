@@ -133,6 +133,12 @@ def training(row: dict[str, Any]) -> float:
     return row["seconds"] - sum(row["spent"].values())
 
 
+def waited(row: dict[str, Any]) -> float | None:
+    """The share of training that waited for data, from a clock's row; None where no host reads any."""
+    seconds = row["spent"].get("data")
+    return None if seconds is None else seconds / max(seconds + training(row), 1e-9)
+
+
 def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Replace the file as a whole: a reader, or a kill, sees the old text or the new."""
     path = Path(path)

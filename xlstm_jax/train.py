@@ -166,6 +166,12 @@ def loss_and_accuracy(
     return trained, (loss, jnp.sum(correct * weights), carry)
 
 
+def terms_of(task, options: StepOptions) -> dict[str, Any]:
+    """How `loss_and_accuracy` scores a task's answers, and what it adds."""
+    penalties = {name: getattr(task, name, 0.0) for name in ("ar", "tar")}
+    return penalties | {"z_loss": options.z_loss, "scores": getattr(task, "scores", token_scores)}
+
+
 def gradients(params: PyTree, graphdef: nnx.GraphDef, batch, carry, key, parts: int, **terms) -> tuple[PyTree, tuple]:
     """The gradient, and (loss, accuracy, carry), of a batch; `parts` micro-batches of its rows, one after another.
 
@@ -232,8 +238,7 @@ def train_step(
     batch = jax.tree.map(local.activations, task.batch("train", state.seed, number, batch_size))
     key = jax.random.fold_in(jax.random.key(state.seed), number)
     carry = state.carry if task.carries_state else None
-    terms = {name: getattr(task, name, 0.0) for name in ("ar", "tar")} | {"z_loss": options.z_loss}
-    terms["scores"] = getattr(task, "scores", token_scores)
+    terms = terms_of(task, options)
     grads, (loss, accuracy, carry) = gradients(state.params, graphdef, batch, carry, key, options.accumulate, **terms)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     grad_norm = optax.tree.norm(grads)

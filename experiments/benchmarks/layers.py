@@ -161,16 +161,18 @@ def worst(got: Any, want: Any) -> float:
     return max(errors)
 
 
+def setting(one: cells.Cell, B: int) -> tuple[Maps, Any]:
+    """The maps that a cell's default form uses for B rows, and an empty state of them."""
+    state, spec = one.initial_state(B), Spec(one.rule, one.maps, jnp.float32, False, False)
+    weights = Weights(one.R, None, None, None, one.rule_params())
+    return FeatureMajor() if serves(spec, weights, state) else one.maps, state
+
+
 def directions(case: Case, given: Data) -> list[tuple[cells.Cell, Maps, Any]]:
-    """The case's cells, one or two, each with the maps that its default form uses here and an empty state."""
+    """The case's cells, one or two, each with its `setting`."""
     each = cell(case, {})
-    found = []
-    for one in [each.forward, each.backward] if case.kind == "bilstm" else [each]:
-        state = one.initial_state(given.inputs[0].shape[0])
-        spec = Spec(one.rule, one.maps, jnp.float32, False, False)
-        weights = Weights(one.R, None, None, None, one.rule_params())
-        found.append((one, FeatureMajor() if serves(spec, weights, state) else one.maps, state))
-    return found
+    both = [each.forward, each.backward] if case.kind == "bilstm" else [each]
+    return [(one, *setting(one, given.inputs[0].shape[0])) for one in both]
 
 
 def products(case: Case, pass_: str, given: Data) -> Program:
@@ -180,36 +182,40 @@ def products(case: Case, pass_: str, given: Data) -> Program:
     each = directions(case, given)
     weights = [(None if one.W is None else one.W[...], one.R[...]) for one, *_ in each]
 
-    def inputs(maps, W, xs):
-        """The inputs' share of the gates, and the gradients of W and xs."""
-        x = maps.by_step(xs)
-        if W is None:
-            return x, lambda dx: dx
-        if not maps.inputs_in_loop:
-            return jax.vjp(lambda x, W: maps.project(x, W, jnp.float32), x, W)
-        pull = maps.pull(W[None], None)
-        of_W = lambda dx: jax.vjp(lambda W: maps.product(x, W[None]), W)[1](dx)  # noqa: E731
-        return jax.lax.map(maps.push(W[None]), x), lambda dx: (of_W(dx), jax.lax.map(lambda d: pull(tuple(d)), dx))
-
-    def direction(maps, state, W, R, xs):
-        x, pull_inputs = inputs(maps, W, xs)
-        h = jnp.moveaxis(jnp.full(state.h.shape, 0.1), 0, maps.rows)
-        push, pull = maps.push(R), maps.pull(R, h)
-
-        def step(h, _):
-            return maps.unstack(push(h))[0], h
-
-        last, hs = jax.lax.scan(step, h, None, length=x.shape[0])
-        if pass_ != BOTH:
-            return x, last
-        d_h = jax.lax.scan(lambda _, d: (pull(tuple(maps.unstack(d))), None), h, x)[0]
-        d_R = jax.vjp(lambda R: maps.product(hs, R), R)[1](x)
-        return d_h, d_R, pull_inputs(x)
-
     def run(weights, xs):
-        return [direction(maps, state, *own, xs) for (_, maps, state), own in zip(each, weights)]
+        return [cell_products(maps, state, *own, xs, pass_ == BOTH) for (_, maps, state), own in zip(each, weights)]
 
     return jax_program(run, weights, jnp.asarray(given.inputs[0]))
+
+
+def input_products(maps: Maps, W: jax.Array | None, xs: jax.Array) -> tuple[jax.Array, Callable]:
+    """The inputs' share of the gates, and how its gradient becomes those of xs and W."""
+    x = maps.by_step(xs)
+    if W is None:
+        return x, lambda dx: (dx, None)
+    if not maps.inputs_in_loop:
+        return jax.vjp(lambda x, W: maps.project(x, W, jnp.float32), x, W)
+    pull = maps.pull(W[None], None)
+    of_W = lambda dx: jax.vjp(lambda W: maps.product(x, W[None]), W)[1](dx)[0]  # noqa: E731
+    return jax.lax.map(maps.push(W[None]), x), lambda dx: (jax.lax.map(lambda d: pull(tuple(d)), dx), of_W(dx))
+
+
+def cell_products(maps: Maps, state: Any, W: jax.Array | None, R: jax.Array, xs: jax.Array, backward: bool):
+    """Those of one cell; backward: the gradients of (W, R), and of (xs, h)."""
+    x, pull_inputs = input_products(maps, W, xs)
+    h = jnp.moveaxis(jnp.full(state.h.shape, 0.1), 0, maps.rows)
+    push, pull = maps.push(R), maps.pull(R, h)
+
+    def step(h, _):
+        return maps.unstack(push(h))[0], h
+
+    last, hs = jax.lax.scan(step, h, None, length=x.shape[0])
+    if not backward:
+        return x, last
+    d_h = jax.lax.scan(lambda _, d: (pull(tuple(maps.unstack(d))), None), h, x)[0]
+    d_R = jax.vjp(lambda R: maps.product(hs, R), R)[1](x)[0]
+    d_xs, d_W = pull_inputs(x)
+    return (d_W, d_R), (d_xs, d_h)
 
 
 class NoProducts(Maps):
@@ -256,24 +262,30 @@ def loop(case: Case, pass_: str, given: Data) -> Program:
     return jax_program(*((both(apply), (), gates, cotangent) if pass_ == BOTH else (apply, (), gates)))
 
 
-def memory_products(case: Case, pass_: str, given: Data) -> Program:
-    """Those of the chunkwise form, all chunks at once."""
-    L = min(PRODUCT_CHUNK, case.sizes["T"])
-    q, k, v = (jnp.asarray(a[:, : a.shape[1] // L * L]) for a in given.inputs[:3])
-    q, k, v = (a.reshape(a.shape[0], -1, L, *a.shape[2:]).transpose(0, 3, 1, 2, 4) for a in (q, k, v))
+def in_chunks(*inputs: jax.Array) -> list[jax.Array]:
+    """Whole chunks of (B, T, N, K) as (B, N, T / L, L, K)."""
+    L = min(PRODUCT_CHUNK, inputs[0].shape[1])
+    whole = [a[:, : a.shape[1] // L * L] for a in inputs]
+    return [a.reshape(a.shape[0], -1, L, *a.shape[2:]).transpose(0, 3, 1, 2, 4) for a in whole]
 
-    def forward(q, k, v):
-        P = jnp.einsum("bhntk,bhnjk->bhntj", q, k)
-        C = jnp.einsum("bhnjk,bhnjv->bhnkv", k, v)
-        return jnp.einsum("bhntj,bhnjv->bhntv", P, v), jnp.einsum("bhntk,bhnkv->bhntv", q, C)
+
+def chunk_products(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Those of the chunkwise mLSTM, all chunks at once."""
+    P = jnp.einsum("bhntk,bhnjk->bhntj", q, k)
+    C = jnp.einsum("bhnjk,bhnjv->bhnkv", k, v)
+    return jnp.einsum("bhntj,bhnjv->bhntv", P, v), jnp.einsum("bhntk,bhnkv->bhntv", q, C)
+
+
+def memory_products(case: Case, pass_: str, given: Data) -> Program:
+    """Those of the chunkwise form."""
 
     def run(q, k, v):
         if pass_ != BOTH:
-            return forward(q, k, v)
-        hs, pull = jax.vjp(forward, q, k, v)
+            return chunk_products(q, k, v)
+        hs, pull = jax.vjp(chunk_products, q, k, v)
         return hs, pull(hs)
 
-    return jax_program(run, q, k, v)
+    return jax_program(run, *in_chunks(*map(jnp.asarray, given.inputs[:3])))
 
 
 def flops(case: Case, pass_: str) -> float:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.benchmarks import layers, peers, whole
+from experiments.benchmarks import bounds, layers, peers, whole
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.layers import Data
 from experiments.benchmarks.record import BOUND, LOOP, OURS, PRODUCTS
@@ -37,6 +37,7 @@ def contenders(case: Case, names: list[str]) -> Iterator[Contender]:
         logits = (lambda result: np.asarray(result[0])) if case.kind == "prefill" else None
         for form, build in whole.forms(case).items():
             yield Contender(OURS, form, build, logits)
+        yield Contender(BOUND, PRODUCTS, partial(bounds.program, case), None)
     for name in names:
         for label, builder in peers.builders(name, case.kind).items():
             yield Contender(name, label, lambda pass_, builder=builder: builder(case, given)(pass_), outputs)
@@ -62,4 +63,4 @@ def check(case: Case) -> dict[str, dict[str, Any]]:
 
 def operations(case: Case, pass_: str) -> float:
     """Of the matrix products."""
-    return layers.flops(case, pass_) if case.kind in layers.KINDS else whole.operations(case)
+    return layers.flops(case, pass_) if case.kind in layers.KINDS else bounds.operations(case)

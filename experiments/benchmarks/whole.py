@@ -1,5 +1,6 @@
 """Our whole models: training steps, generation, and training runs that draw their data inside the step."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,9 @@ from experiments.benchmarks.cases import Case
 from experiments.benchmarks.layers import TOLERANCE, worst
 from experiments.benchmarks.timing import Program, jax_program
 from xlstm_jax import cells, models, optim, tasks, train
+from xlstm_jax import generate as generation
 from xlstm_jax.blocks import Block, MLSTMLayer
+from xlstm_jax.cells.wrappers import layers_apart
 from xlstm_jax.generate import GREEDY, generate
 from xlstm_jax.layers import GatedFeedForward, round_up
 from xlstm_jax.tasks.task import Batch
@@ -128,23 +131,35 @@ def prompt(case: Case) -> np.ndarray:
 
 
 def prefill(case: Case, lm: nnx.Module) -> Program:
-    """The prompt's last logits and the state after it."""
-    graphdef, params = nnx.split(lm)
+    """The prompt's last logits and the state after it, as generation reads a prompt."""
+    graphdef, params = nnx.split(layers_apart(lm))
+    rows = list(prompt(case))
 
-    def run(params, tokens):
-        logits, state = nnx.merge(graphdef, params)(tokens)
-        return logits[:, -1], state
+    def run(params):
+        y, state = generation.prefill(graphdef, params, rows)
+        return nnx.merge(graphdef, params).answers(y[:, None])[:, 0], state
 
-    return jax_program(run, params, jnp.asarray(prompt(case)))._replace(parameters=parameters(params))
+    return jax_program(run, params)._replace(parameters=parameters(params))
 
 
 def decode(case: Case, lm: nnx.Module) -> Program:
-    """`generate` after a prompt of one token, the likeliest token each time; every step reads all parameters."""
+    """`generate` after a prompt of one token, the likeliest token each time; every step reads all parameters.
+
+    What the compiler says is of the program that writes a block of tokens; its seconds are those of tracing too.
+    """
     tokens, length = jnp.asarray(prompt(case)), case.sizes["length"]
-    run = lambda: generate(lm, tokens, length, sampling=GREEDY)  # noqa: E731
+    start = time.perf_counter()
+    block = min(generation.BLOCK, generation.bucket(length))
+    memory = generation.compiled_block(lm, len(tokens), GREEDY, block=block).memory_analysis()
+    seconds = time.perf_counter() - start
     params = nnx.state(lm)
-    read = length * sum(x.nbytes for x in jax.tree.leaves(params))
-    return Program(run, traffic_bytes=read, parameters=parameters(params))
+    return Program(
+        lambda: generate(lm, tokens, length, sampling=GREEDY),
+        seconds,
+        None if memory is None else memory.temp_size_in_bytes,
+        traffic_bytes=length * sum(x.nbytes for x in jax.tree.leaves(params)),
+        parameters=parameters(params),
+    )
 
 
 def check(case: Case) -> dict[str, dict[str, Any]]:
@@ -166,13 +181,3 @@ def check(case: Case) -> dict[str, dict[str, Any]]:
         error = worst(*found)
     result = dict(error=float(f"{error:.2g}"), tolerance=TOLERANCE, ok=bool(error <= TOLERANCE))
     return dict.fromkeys(("default",), result | dict(against="step by step, autodiff, float64", sizes=sizes))
-
-
-def operations(case: Case) -> float:
-    """Two a weight of each matrix but the embedding and a token, three times that where there is a backward pass."""
-    params = nnx.eval_shape(lambda: nnx.state(model(case)))
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    matrices = sum(x.size for path, x in leaves if x.ndim > 1 and "embedding" not in jax.tree_util.keystr(path))
-    s, unit = case.sizes, case.units()
-    tokens = unit[1] * (s["B"] * s["T"] if unit[0] == "steps" else 1)
-    return 2.0 * matrices * tokens * (1 if case.kind in ("prefill", "decode") else 3)

@@ -46,9 +46,14 @@ class TokenFile:
         return {name: value for name, value in self.__dict__.items() if name != "tokens"}
 
 
+def cache_root() -> Path:
+    """$XLSTM_JAX_CACHE, else ~/.cache/xlstm_jax: `tokens` lie in it, and in `jax` the compiled programs of scripts."""
+    return Path(os.environ.get("XLSTM_JAX_CACHE") or "~/.cache/xlstm_jax").expanduser()
+
+
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """`cache_dir`, else $XLSTM_JAX_CACHE/tokens, else ~/.cache/xlstm_jax/tokens."""
-    return Path(cache_dir or Path(os.environ.get("XLSTM_JAX_CACHE") or "~/.cache/xlstm_jax") / "tokens").expanduser()
+    """`cache_dir`, else `tokens` in the `cache_root`."""
+    return Path(cache_dir).expanduser() if cache_dir else cache_root() / "tokens"
 
 
 def tokenizer_for(corpus: Corpus, spec: str, cache_dir: str | os.PathLike | None = None) -> Tokenizer:
