@@ -97,7 +97,7 @@ def inputs(case: Case, model: Parts) -> tuple[list, list, list]:
         for m in [*model.linear, model.head]
     ]
     of_cells = [(B, T, m.in_features) if m.W is not None else (B, T, len(m.gates), m.features) for m in model.recurrent]
-    of_memories = [((B, T, N, K), (B, T, N, K), (B, T, N, V)) for N, K, V in map(widths, model.memories)]
+    of_memories = [((B, N, T, K), (B, N, T, K), (B, N, T, V)) for N, K, V in map(widths, model.memories)]
     return (
         [noise(*shape) for shape in shapes],
         [noise(*shape) for shape in of_cells],

@@ -62,8 +62,8 @@ def data(case: Case) -> Data:
     noise = lambda *shape: random.standard_normal(shape, np.float32)  # noqa: E731
     B, T = s["B"], s["T"]
     if case.kind == "mlstm":
-        q, k, v = noise(B, T, s["N"], s["K"]), noise(B, T, s["N"], s["K"]), noise(B, T, s["N"], s["V"])
-        return Data((q, k, v, noise(B, T, s["N"]), noise(B, T, s["N"]) + 3), None, noise(*v.shape))
+        q, k, v = (noise(B, s["N"], T, s[width]) for width in ("K", "K", "V"))  # heads first, as all peers take them
+        return Data((q, k, v, noise(B, s["N"], T), noise(B, s["N"], T) + 3), None, noise(*v.shape))
     if case.kind == "slstm":
         return Data((noise(B, T, 4, s["H"]),), None, noise(B, T, s["H"]))
     if case.kind == "convlstm":
@@ -105,7 +105,8 @@ def layer(case: Case, options: dict[str, Any], given: Data, dtype=jnp.float32) -
     """Ours, in a form."""
     inputs = tuple(jnp.asarray(a, dtype) for a in given.inputs)
     if case.kind == "mlstm":
-        return Layer(lambda params, inputs: mlstm(*inputs, **options)[0], (), inputs)
+        turned = lambda arrays: [jnp.swapaxes(a, 1, 2) for a in arrays]  # noqa: E731
+        return Layer(lambda params, inputs: turned([mlstm(*turned(inputs), **options)[0]])[0], (), inputs)
     graphdef, params = nnx.split(cell(case, options, dtype))
     mask = None
     if given.lengths is not None:
@@ -263,10 +264,9 @@ def loop(case: Case, pass_: str, given: Data) -> Program:
 
 
 def in_chunks(*inputs: jax.Array) -> list[jax.Array]:
-    """Whole chunks of (B, T, N, K) as (B, N, T / L, L, K)."""
-    L = min(PRODUCT_CHUNK, inputs[0].shape[1])
-    whole = [a[:, : a.shape[1] // L * L] for a in inputs]
-    return [a.reshape(a.shape[0], -1, L, *a.shape[2:]).transpose(0, 3, 1, 2, 4) for a in whole]
+    """Whole chunks of (B, N, T, K) as (B, N, T / L, L, K)."""
+    L = min(PRODUCT_CHUNK, inputs[0].shape[2])
+    return [a[:, :, : a.shape[2] // L * L].reshape(*a.shape[:2], -1, L, a.shape[3]) for a in inputs]
 
 
 def chunk_products(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -25,9 +25,12 @@ def module(folder: Path, alias: str, name: str) -> types.ModuleType:
     return importlib.import_module(f"{alias}.{name}")
 
 
-def program(apply: Callable[..., jax.Array], inputs: list[np.ndarray], given: Data) -> Callable[[str], Program]:
-    layer = Layer(lambda params, inputs: apply(*inputs), (), tuple(map(jnp.asarray, inputs)))
-    return lambda pass_: layers.program(layer, pass_, np.moveaxis(given.cotangent, 2, 1))
+def program(
+    apply: Callable[..., jax.Array], given: Data, inputs: tuple[np.ndarray, ...] | None = None
+) -> Callable[[str], Program]:
+    inputs = tuple(map(jnp.asarray, given.inputs if inputs is None else inputs))
+    layer = Layer(lambda params, inputs: apply(*inputs), (), inputs)
+    return lambda pass_: layers.program(layer, pass_, given.cotangent)
 
 
 def kernels(case: Case, given: Data) -> Callable[[str], Program]:
@@ -35,7 +38,7 @@ def kernels(case: Case, given: Data) -> Callable[[str], Program]:
     folder = peers.FOLDERS["mlstm_kernels"] / "mlstm_kernels/jax/chunkwise"
     kernel = module(folder, "mlstm_kernels_jax_chunkwise", "native").mlstm_chunkwise__native_autograd
     L = min(64, case.sizes["T"])
-    return program(lambda *inputs: kernel(*inputs, chunk_size=L), peers.heads_first(given), given)
+    return program(lambda *inputs: kernel(*inputs, chunk_size=L), given)
 
 
 def fwbw(case: Case, given: Data) -> Callable[[str], Program]:
@@ -44,9 +47,9 @@ def fwbw(case: Case, given: Data) -> Callable[[str], Program]:
     found = module(folder, "xlstm_jax_backend", "fwbw")
     config = found.mLSTMBackendFwbwConfig(chunk_size=min(64, case.sizes["T"]), stabilize_correctly=True)
     kernel = jax.vmap(found.mlstm_fwbw_custom_grad(config), in_axes=1, out_axes=1)
-    q, k, v, i, f = peers.heads_first(given)
+    q, k, v, i, f = given.inputs
     empty = (None,) * 3  # the backward pass answers for a state too
-    return program(lambda *inputs: kernel(*inputs, *empty), [q, k, v, i[..., None], f[..., None]], given)
+    return program(lambda *inputs: kernel(*inputs, *empty), given, (q, k, v, i[..., None], f[..., None]))
 
 
 PEERS = {

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from experiments.benchmarks import layers, peers, whole
+from experiments.benchmarks import layers, whole
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.layers import Data
 from experiments.benchmarks.timing import Program
@@ -64,7 +64,7 @@ def torch_memory(backend: str) -> Callable[[Case, Data], Build]:
         from mlstm_kernels.torch import get_mlstm_kernel
 
         kernel, L = get_mlstm_kernel(backend), min(64, case.sizes["T"])
-        inputs, cotangent = [tensor(a) for a in peers.heads_first(given)], tensor(np.moveaxis(given.cotangent, 2, 1))
+        inputs, cotangent = [tensor(a) for a in given.inputs], tensor(given.cotangent)
         return lambda pass_: program(lambda *qkvif: kernel(*qkvif, chunk_size=L), inputs, [], cotangent, pass_)
 
     return build
@@ -75,7 +75,7 @@ def chunkwise_simple(case: Case, given: Data) -> Build:
     from xlstm.blocks.mlstm.backends import chunkwise_simple as kernel
 
     L = min(64, case.sizes["T"])
-    inputs, cotangent = [tensor(a) for a in peers.heads_first(given)], tensor(np.moveaxis(given.cotangent, 2, 1))
+    inputs, cotangent = [tensor(a) for a in given.inputs], tensor(given.cotangent)
 
     def apply(*inputs):
         hs = kernel(*inputs, chunk_size=L)

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from experiments.benchmarks import timing
 from experiments.benchmarks.cases import Case
@@ -123,8 +122,3 @@ def version(name: str) -> str | None:
         return None if name in BY_PATH else metadata.version(PACKAGE.get(name, name))
     except metadata.PackageNotFoundError:
         return None
-
-
-def heads_first(given: Data) -> list[np.ndarray]:
-    """The mLSTM's inputs (B, T, N, ...) as (B, N, T, ...)."""
-    return [np.ascontiguousarray(np.moveaxis(a, 2, 1)) for a in given.inputs]

@@ -49,11 +49,10 @@ def layer_program(case: Case, options: dict[str, Any], given: Data, pass_: str) 
 
 
 def layer_outputs(given: Data, result: Any) -> np.ndarray:
-    """The outputs in a program's results, on any device, as (B, T, ...), zero past the lengths."""
+    """The outputs in a program's results, on any device, zero past the lengths."""
     ys = result[0] if isinstance(result, tuple) else result
-    ys, shape = np.asarray(ys.cpu() if hasattr(ys, "cpu") else ys), given.cotangent.shape
-    ys = ys if ys.shape == shape else np.moveaxis(ys, 1, 2)
-    return ys if given.lengths is None else ys * (np.arange(shape[1])[None, :, None] < given.lengths[:, None, None])
+    ys = np.asarray(ys.cpu() if hasattr(ys, "cpu") else ys)
+    return ys if given.lengths is None else ys * (np.arange(ys.shape[1])[None, :, None] < given.lengths[:, None, None])
 
 
 def check(case: Case) -> dict[str, dict[str, Any]]:

@@ -180,7 +180,7 @@ def _scan(groups, body, carry, chunks, reverse=False):
 
 
 def _from_chunk_to_chunk(step, memory, chunks, reverse=False):
-    """`jax.lax.scan` over the chunks, axis 1 of what is read and of what is kept: step(memory, chunk) -> memory, kept."""
+    """`jax.lax.scan` over axis 1 of what is read and of what is kept: step(memory, chunk) -> memory, kept."""
     N = chunks[0].shape[1]
 
     def at(n):
