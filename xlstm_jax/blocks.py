@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from .cells.arguments import check_inputs
 from .cells.base import Cell, masked
-from .cells.mlstm import MLSTM, BiasGate, gate
+from .cells.mlstm import MLSTM, gate, pre_activations
 from .cells.slstm import SLSTM, SLSTMState
 from .initializers import Initializer, initializer, small_init, wang_init
 from .kernels import local
@@ -168,7 +168,7 @@ class MLSTMLayer(Cell):
             q,
             k,
             v,
-            *(each(xs) if isinstance(each, BiasGate) else local.of_parts(each, qkv) for each in (self.i, self.f)),
+            *pre_activations((self.i, self.f), qkv),
             memory,
             form=self.form,
             chunk_size=self.chunk_size,

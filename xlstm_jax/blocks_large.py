@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from .cells.arguments import check_inputs
 from .cells.base import Cell, masked
-from .cells.mlstm import MLSTM, gate
+from .cells.mlstm import MLSTM, gate, pre_activations
 from .initializers import Initializer, initializer, small_init, wang_init
 from .kernels import local
 from .kernels import mlstm as kernel
@@ -88,7 +88,7 @@ class MLSTMLargeLayer(Cell):
         B, T, _ = xs.shape
         q, k, v = local.columns(self.qkv, xs, (self.qk_features, self.qk_features, self.v_features))
         q, k, v = (a.reshape(B, T, self.num_heads, -1) for a in (q, k, v))
-        i, f = (soft_cap(pre_activation(xs), self.gate_cap) for pre_activation in (self.i, self.f))
+        i, f = (soft_cap(gate, self.gate_cap) for gate in pre_activations((self.i, self.f), (xs,)))
         h, state = kernel.mlstm(
             *(q, k, v, i, f, self.initial_state(B) if state is None else state),
             form=self.form,

@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,15 +52,14 @@ class Norm(nnx.Module):
         return h.astype(self.dtype or x.dtype)
 
 
-def few_outputs(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
-    """`jax.lax.dot_general` of x (*B, D) and a kernel (D, N) with N small, for `nnx.Linear`.
+def few_outputs(x: Float[Array, "*B D"], kernel: Float[Array, "D N"]) -> Float[Array, "*B N"]:
+    """x times a kernel whose N is small.
 
     On a CPU the kernel's gradient is summed as (N, D), in a seventh of the time; the barrier keeps XLA from turning it.
     """
     if target().platform != "cpu":
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-    last = ((x.ndim - 1,), (1,)), ((), ())
-    return jax.lax.dot_general(x, jax.lax.optimization_barrier(kernel.T), last, **options)
+        return x @ kernel
+    return jax.lax.dot_general(x, jax.lax.optimization_barrier(kernel.T), (((x.ndim - 1,), (1,)), ((), ())))
 
 
 class HeadwiseLinear(nnx.Module):
@@ -79,13 +77,27 @@ class HeadwiseLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dtype = self.dtype or x.dtype
-        H = self.kernel.shape[0]
         x, kernel = x.astype(dtype), self.kernel[...].astype(dtype)
+        if target().platform == "cpu":
+            kernel = wider_blocks(kernel)
+        H = kernel.shape[0]
         if H == 1:
             y = x @ kernel[0]
         else:
             y = jnp.swapaxes(jnp.matmul(by_head(x, H), kernel), 0, 1).reshape(x.shape)
         return y if self.bias is None else y + self.bias[...].astype(dtype)[None, None]
+
+
+def wider_blocks(kernel: Float[Array, "H E F"]) -> Float[Array, "_ _ _"]:
+    """Blocks of at least `WIDTH` where there are as many, with zeros beside the own ones: the copies of x into another
+    order of axes, which take longer than the products, then move whole cache lines."""
+    H, E, F = kernel.shape
+    count = math.gcd(H, -(-WIDTH // E))
+    eye = jnp.eye(count, dtype=kernel.dtype)[None, :, None, :, None]
+    return (kernel.reshape(-1, count, E, 1, F) * eye).reshape(-1, count * E, count * F) if count > 1 else kernel
+
+
+WIDTH = 16
 
 
 class CausalConv(nnx.Module):

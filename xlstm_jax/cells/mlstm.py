@@ -7,6 +7,7 @@ The recurrence itself, in three forms, is `kernels.mlstm`.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
@@ -92,7 +93,7 @@ class MLSTM(Cell):
         q, k, v = (a.reshape(B, T, self.num_heads, -1) for a in (q, k, v))
         state = self.initial_state(B) if state is None else state
         h, state = kernel.mlstm(
-            *(q, k, v, self.i(xs), self.f(xs), state),
+            *(q, k, v, *pre_activations((self.i, self.f), (xs,)), state),
             form=self.form,
             chunk_size=self.chunk_size,
             input_gate=self.input_gate,
@@ -143,6 +144,24 @@ def gate(
         bias_init=bias_init,
         dtype=dtype,
         param_dtype=param_dtype,
-        dot_general=few_outputs,
         rngs=rngs,
     )
+
+
+def pre_activations(
+    gates: tuple[nnx.Linear | BiasGate, ...], parts: tuple[Float[Array, "B T _"], ...]
+) -> list[Float[Array, "B T H"]]:
+    """Each gate's, of inputs that lie side by side in the parts: one product a part for all gates, and nothing joined.
+
+    Joined parts would take as long to write as the products, and would not be divided over a `tensor` axis as they are.
+    """
+    weighted, shares = [gate for gate in gates if isinstance(gate, nnx.Linear)], iter(())
+    if weighted:
+        kernel = jnp.concatenate([gate.kernel[...].astype(gate.dtype) for gate in weighted], axis=1)
+        ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
+        products = [few_outputs(x.astype(kernel.dtype), rows) for x, rows in zip(parts, jnp.split(kernel, ends))]
+        shares = iter(jnp.split(sum(products), len(weighted), axis=-1))
+    return [
+        gate(parts[0]) if isinstance(gate, BiasGate) else next(shares) + gate.bias[...].astype(gate.dtype)[None, None]
+        for gate in gates
+    ]

@@ -71,16 +71,6 @@ def columns(layer: Any, xs: Float[Array, "B T D"], widths: tuple[int, ...]) -> t
     return tuple(constrain(y, ROWS, "seq", "tensor") for y in parts)
 
 
-def of_parts(layer: Any, parts: tuple[Float[Array, "B T _"], ...]) -> Float[Array, "B T D"]:
-    """A linear layer of parts side by side; over a `tensor` axis the sum of one product a part, as none is joined."""
-    if sizes().get("tensor", 1) == 1:
-        return layer(jnp.concatenate(parts, axis=-1))
-    ends = [sum(x.shape[-1] for x in parts[:n]) for n in range(1, len(parts))]
-    kernels = jnp.split(layer.kernel[...], ends)
-    y = sum(x.astype(layer.dtype) @ kernel.astype(layer.dtype) for x, kernel in zip(parts, kernels))
-    return y + layer.bias[...].astype(layer.dtype)[None, None]
-
-
 def run(function: Callable[..., Any], arguments: tuple, specs: tuple, out_specs: Any) -> Any:
     """function(*arguments), under a mesh on each device's share as the specs say; what they do not name is whole.
 
