@@ -250,7 +250,6 @@ def layers_apart(model: nnx.Module) -> nnx.Module:
     if not on_one_cpu():
         return model
 
-
     def part(a, n):
         return a[n] if isinstance(a, jax.core.Tracer) else jax.device_put(np.asarray(a)[n], may_alias=True)
 

@@ -75,8 +75,8 @@ class Plan(NamedTuple):
     def bytes(self) -> int:
         """That forward and backward set aside beside VMEM.
 
-        Of all steps gates, states and outputs, the gradients of gates and outputs, and both operands of the product that
-        is R's gradient, in bfloat16.
+        Of all steps gates, states and outputs, the gradients of gates and outputs, and both operands of the product
+        that is the gradient of R, in bfloat16.
         """
         s = self.sizes
         values = 2 * s.G + s.fields + 2 + (0 if s.same else s.K)
