@@ -86,11 +86,14 @@ def test_a_text_goes_on_as_before_wherever_it_is_cut(monkeypatch):
 
 def test_a_prompts_length_needs_no_other_program():
     assert [bucket(n) for n in (1, 8, 9, 12, 13, 17, 25, 2048)] == [8, 8, 12, 12, 16, 24, 32, 2048]
+    sizes = lambda: (generate._read._cache_size(), generate._write._cache_size())  # noqa: E731
     generate.generate(model(), [[1] * 9], 2, sampling=GREEDY)
-    before = generate._read._cache_size(), generate._write._cache_size()
-    for length in (10, 11):
+    read, written = sizes()
+    generate.generate(model(), [[1] * 12], 2, sampling=GREEDY)  # fills its bucket: without a mask
+    assert sizes() == (read + 1, written)
+    for length in (10, 12, 11, 9):
         generate.generate(model(), [[1] * length], 2, sampling=GREEDY)
-    assert (generate._read._cache_size(), generate._write._cache_size()) == before
+    assert sizes() == (read + 1, written)
 
 
 def test_rows_end_at_a_stop_token():

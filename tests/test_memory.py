@@ -1,14 +1,19 @@
 """`memory_budget`: the bytes that are counted beside those of the compiled program, and what is chosen by them."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from xlstm_jax import cells, models
+from xlstm_jax.cells.gru import GRUState, gru_rule
 from xlstm_jax.kernels.choice import chosen_forms
+from xlstm_jax.kernels.linear import linear_recurrence
 from xlstm_jax.kernels.memory import Bytes, fitting
 from xlstm_jax.kernels.mlstm import mlstm
+from xlstm_jax.kernels.recurrent import recurrent
 
 RECURRENT = cells.MLSTM(16, 8, form="recurrent", memory_budget=10**9, rngs=nnx.Rngs(0))
 XS = jax.ShapeDtypeStruct((4, 96, 16), jnp.float32)
@@ -74,9 +79,24 @@ def test_a_budget_is_a_number_of_bytes(budget):
         cells.LSTM(3, 4, memory_budget=budget, rngs=nnx.Rngs(0))
 
 
-def test_a_budget_that_nothing_fits_or_that_no_form_reads():
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.5, True, "8"])
+@pytest.mark.parametrize("kernel", ["mlstm", "recurrent", "linear_recurrence"])
+def test_a_chunk_is_a_number_of_steps(kernel, chunk_size):
+    """Without the checks of types that are there under pytest alone."""
+    gates, memory, h = jnp.ones((1, 4, 2)), jnp.ones((1, 4, 2, 3)), jnp.ones((1, 3))
+    function, arguments, otherwise = {
+        "mlstm": (mlstm, (memory, memory, memory, gates, gates), ", or None for the usual one,"),
+        "recurrent": (recurrent, (gru_rule, memory, jnp.ones((1, 3, 2, 3)), GRUState(h)), ""),
+        "linear_recurrence": (linear_recurrence, (jnp.ones((1, 4, 3)), jnp.ones((1, 4, 3)), h), ""),
+    }[kernel]
+    with pytest.raises(ValueError, match=f"^chunk_size is {chunk_size!r}: an integer of at least 1{otherwise} is need"):
+        inspect.unwrap(function)(*arguments, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("make", [cells.GRU, cells.MLSTM])
+def test_a_budget_that_nothing_fits_or_that_no_form_reads(make):
     with pytest.raises(ValueError, match=r"memory_budget: 1000 bytes fit nothing for 96 steps; the least is \d+, with"):
-        jax.eval_shape(lambda xs: cells.GRU(16, 8, memory_budget=1000, rngs=nnx.Rngs(0))(xs)[0], XS)
+        jax.eval_shape(lambda xs: make(16, 8, memory_budget=1000, rngs=nnx.Rngs(0))(xs)[0], XS)
     for cell in (cells.GRU(16, 8, form="scan", memory_budget=10**9, rngs=nnx.Rngs(0)), RECURRENT):
         with pytest.raises(ValueError, match=f"memory_budget is for .*, which chooses by it, and not .*'{cell.form}'"):
             jax.eval_shape(cell, XS)

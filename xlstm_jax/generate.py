@@ -5,9 +5,10 @@
     beams = beam_search(model, prompts, 100, beams=4)       # beams.tokens[:, 0] the best
 
 Prompts are padded on the right and masked, so each row's state is exactly that after its own last token; padded lengths
-are powers of two and the halves between, so another prompt needs no other program. The scan runs in blocks of tokens:
-memory does not grow with the length, and no result depends on the size of a block. A draw is decided by (key, row,
-position in the text): a text that is cut anywhere and given as a prompt again goes on as before.
+are powers of two and the halves between, so another prompt needs no other program: there are two a padded length, one
+with a mask and one without for prompts that all fill it. The scan runs in blocks of tokens: memory does not grow with
+the length, and no result depends on the size of a block. A draw is decided by (key, row, position in the text): a text
+that is cut anywhere and given as a prompt again goes on as before.
 """
 
 import functools
@@ -138,7 +139,11 @@ def _read(params, tokens, mask, state, y, *, graphdef):
 
 
 def prefill(graphdef, params: PyTree, rows: Sequence[np.ndarray]) -> tuple[Float[Array, "B D"], Any]:
-    """What the backbone gives for the last token of each prompt, and the state after it."""
+    """What the backbone gives for the last token of each prompt, and the state after it.
+
+    Prompts that all fill the padded length have no mask, and with it a program of their own: on a CPU a mask that is
+    True everywhere takes 2 to 6 % of the time of a long prompt.
+    """
     longest, y, state = max(map(len, rows)), None, None
     for start in range(0, longest, PIECE):
         tokens = np.zeros((len(rows), bucket(min(longest - start, PIECE))), np.int32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..kernels.memory import is_integer
 from ..names import unknown
 from ..regularizers import check_key
 
@@ -83,11 +84,6 @@ def check_argument(name: str, annotation: Any, value: Any) -> Any:
         if not isinstance(value, right) or isinstance(value, bool) != (kind is bool) or value != value:
             raise ValueError(f"{name} is {value!r}: {words} is needed")
     return value
-
-
-def is_integer(value: Any, least: int = 1) -> bool:
-    """Of Python or numpy, no truth value, and not below `least`."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
 
 
 def check_dtype(name: str, value: Any) -> None:

@@ -69,7 +69,8 @@ def choose(form: str, target: Target, plan: Callable[[Target], Any], otherwise: 
         )
     planned = plan(target)
     if not isinstance(planned, str):
-        return Choice("pallas", "the kernel serves this rule and these sizes", planned)
+        memory = f"; {planned.vmem} bytes of VMEM" if target.platform == "tpu" else ""
+        return Choice("pallas", f"the kernel serves this rule and these sizes{memory}", planned)
     if form == "auto":
         return Choice(otherwise, planned)
     raise ValueError(f"form={form!r}: {planned}; form={otherwise!r} would serve it")

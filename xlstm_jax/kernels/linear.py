@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..names import unknown
 from . import local, time_sharded
+from .memory import check_chunk
 
 FORMS = ("scan", "associative")
 
@@ -99,8 +100,7 @@ def _divided(kind, form, chunk_size, a, b, state, reset):
 
 def _prepare(kind: Arithmetic, a, b, state, chunk_size, mask, reset):
     """Checked and wide; a masked step is h = 1 h + 0, and one with a reset has a = 0."""
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    check_chunk(chunk_size)
     if a.ndim != 3 or b.shape != a.shape:
         raise ValueError(f"a and b must have one shape (B, T, D), not {a.shape} and {b.shape}")
     if state.shape != (a.shape[0], a.shape[2]):

@@ -7,6 +7,7 @@ chunks of L:
 
 with the bytes of what is kept of each step and of each chunk for the gradient, and of what is worked on for a step of
 the one chunk at hand. They are counted from the traced shapes, with no compilation; `mlstm.Bytes` are the other form's.
+A kernel has nothing to choose: "auto" takes it where what it sets aside is within the budget too.
 """
 
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from ..names import unknown
 
@@ -46,12 +48,22 @@ def size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def is_integer(value: Any, least: int = 1) -> bool:
+    """Of Python or numpy, no truth value, and not below `least`."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
+
+
+def check_chunk(chunk_size: Any, otherwise: str = "") -> None:
+    """A number of steps; `otherwise` says what else may be given."""
+    if not is_integer(chunk_size):
+        raise ValueError(f"chunk_size is {chunk_size!r}: an integer of at least 1{otherwise} is needed")
+
+
 def check_budget(budget: int | float | str | None) -> None:
     """None, "auto" or a positive number of bytes."""
     if isinstance(budget, str) and budget != "auto":
         raise ValueError(unknown("memory_budget", budget, ("auto",)) + ", or a number of bytes")
-    number = isinstance(budget, int) and not isinstance(budget, bool)
-    if not (budget is None or budget == "auto" or number and budget > 0):
+    if not (budget is None or budget == "auto" or is_integer(budget)):
         raise ValueError(f"memory_budget is {budget!r}: a positive number of bytes, 'auto' or None is needed")
 
 
@@ -61,6 +73,13 @@ def budget_bytes(budget: int | str) -> int:
         return budget
     found = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return (found or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // AUTOMATIC_SHARE
+
+
+def within(budget: int | float | str | None, planned: Any) -> Any:
+    """A kernel's plan, or why there is none: also that it sets aside more than the budget."""
+    if isinstance(planned, str) or budget is None or planned.bytes <= budget_bytes(budget):
+        return planned
+    return f"the kernel would set aside {planned.bytes} bytes; memory_budget is {budget_bytes(budget)}"
 
 
 def lengths(T: int, preferred: int) -> list[int]:

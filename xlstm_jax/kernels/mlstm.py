@@ -14,7 +14,8 @@ with log f = log sigmoid(f~) and log i = i~ (`input_gate="exp"`), or log i = log
                  (`mlstm_chunkwise.py`)
     "pallas"     the same as one kernel forward and one backward, for a TPU (`pallas_mlstm.py`) or a GPU
                  (`pallas_mlstm_gpu.py`); "pallas_interpret": the same kernel interpreted, on any device, for tests
-    "auto"       "pallas" where the program is for one TPU and the kernel serves it, else "chunkwise" (`choice.py`)
+    "auto"       "pallas" where the program is for one TPU and the kernel serves it within the `memory_budget`, else
+                 "chunkwise" (`choice.py`)
 
 Gradients are exact, through the normaliser, the floor exp(-m) and the carried state.
 """
@@ -31,7 +32,7 @@ from jaxtyping import Array, Bool, Float
 from ..names import unknown
 from . import local, mlstm_chunkwise, time_sharded
 from .choice import CHOSEN_FORMS, choose, record, target
-from .memory import check_budget, fitting, size
+from .memory import check_budget, check_chunk, fitting, size, within
 from .mlstm_chunkwise import denominator
 
 
@@ -88,8 +89,7 @@ def mlstm(
         raise ValueError(unknown("form of mlstm", form, (*FORMS, *CHOSEN_FORMS)))
     check_gate(input_gate, normalize)
     chunk_size = usual_chunk(q.shape[-1], v.shape[-1]) if chunk_size is None else chunk_size
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    check_chunk(chunk_size, ", or None for the usual one,")
     check_budget(memory_budget)
     B, T, H, K = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)  # of the gates and all sums, and of the state unless it is given
@@ -127,12 +127,15 @@ def usual_chunk(K: int, V: int) -> int:
 
 def _run(form, chunk_size, memory_budget, options, inputs, state):
     """Outputs (B, H, T, V) and the last state, in the form that serves the arguments."""
-    choice = choose(form, target(), partial(_plan, form, inputs, state, chunk_size, options), "chunkwise")
+    plan = partial(_plan, form, memory_budget, inputs, state, chunk_size, options)
+    choice = choose(form, target(), plan, "chunkwise")
     if memory_budget is not None and choice.form == "chunkwise":
         fit = fitting(inputs.q.shape[2], chunk_size, memory_budget, [(False, chunkwise_bytes(inputs, state))])
         chunk_size = fit.L
         choice = choice._replace(reason=f"{choice.reason}; chunks of {fit.L}: {fit.bytes} bytes")
-    elif memory_budget is not None and form != "auto":
+    elif memory_budget is not None and form == "auto":
+        choice = choice._replace(reason=f"{choice.reason}; sets aside {choice.plan.bytes} bytes")
+    elif memory_budget is not None:
         raise ValueError(f"memory_budget is for form='chunkwise', which chooses by it, and not for form={form!r}")
     record(choice)
     with jax.named_scope("time"):
@@ -156,10 +159,11 @@ def _kernel():
     return pallas_mlstm_gpu if target().platform == "gpu" else pallas_mlstm
 
 
-def _plan(form, inputs, state, chunk_size, options, target):
-    """The kernel's plan for the target."""
+def _plan(form, memory_budget, inputs, state, chunk_size, options, target):
+    """The kernel's plan for the target, for "auto" within the budget."""
     memory = {} if target.platform == "gpu" else {"vmem": target.vmem}
-    return _kernel().plan_for(inputs, state, chunk_size, options, interpret=form == "pallas_interpret", **memory)
+    planned = _kernel().plan_for(inputs, state, chunk_size, options, interpret=form == "pallas_interpret", **memory)
+    return within(memory_budget if form == "auto" else None, planned)
 
 
 def _step(state: MLSTMState, inputs: Inputs, *, stabilise, normalize, eps):

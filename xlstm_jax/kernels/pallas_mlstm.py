@@ -22,7 +22,10 @@ from .pallas_recurrent import matrix_product
 
 
 class Plan(NamedTuple):
-    """Steps of a chunk L, whether there are resets, the definition's options; VMEM needed and that may be used."""
+    """Steps of a chunk L, whether there are resets, the definition's options; VMEM needed and that may be used.
+
+    bytes: that forward and backward set aside beside VMEM (of a GPU not counted).
+    """
 
     L: int
     reset: bool
@@ -32,6 +35,7 @@ class Plan(NamedTuple):
     vmem: int
     budget: int
     interpret: bool
+    bytes: int = 0
 
 
 def vmem_bytes(L: int, K: int, V: int, itemsize: int = 4) -> int:
@@ -41,6 +45,14 @@ def vmem_bytes(L: int, K: int, V: int, itemsize: int = 4) -> int:
     steps = (4 * L * K + 4 * L * V + 4 * SUBLANES * L) * itemsize
     values = (5 * K * V + 12 * L * L + 8 * L * max(K, V)) * itemsize  # of the rule and its transpose, at most
     return 2 * (4 * memory + steps) + values
+
+
+def set_aside(inputs: Inputs, state: MLSTMState, L: int) -> int:
+    """Bytes in chunks of L steps: q, k, v, h and their gradients, and the memory before each chunk."""
+    B, H, T, K = inputs.q.shape
+    K, V = (-(-size // LANES) * LANES for size in (K, inputs.v.shape[-1]))
+    step = 2 * (2 * K + V) * inputs.q.dtype.itemsize + 2 * V * state.C.dtype.itemsize
+    return B * H * -(-T // L) * (L * step + K * V * state.C.dtype.itemsize)
 
 
 def plan_for(
@@ -57,7 +69,8 @@ def plan_for(
             f"chunks of {L} steps with {K} x {V} numbers a head need {needed} bytes of VMEM; {budget} may be used"
             + (" (a smaller chunk_size needs less)" if L > LANES else "")
         )
-    return Plan(L, inputs.reset is not None, **options, vmem=needed, budget=budget, interpret=interpret)
+    memory = dict(vmem=needed, budget=budget, bytes=set_aside(inputs, state, L))
+    return Plan(L, inputs.reset is not None, **options, **memory, interpret=interpret)
 
 
 def run(
@@ -79,6 +92,7 @@ def run(
     segment = None
     if plan.reset:
         reset = jnp.pad(inputs.reset, [(0, 0), (0, missing)]).reshape(B, 1, -1, 1, plan.L)
+        reset = jnp.where(reset, 1, 0)  # a cast of booleans of 32 rows ends libtpu 0.0.42's compiler for v5p
         segment = jnp.cumsum(reset, axis=-1, dtype=state.m.dtype)  # which sequence of its chunk a step is of
         segment = jnp.broadcast_to(segment, (B, H, *segment.shape[2:])).reshape(B * H, -1, 1, plan.L)
     C, n, m = state

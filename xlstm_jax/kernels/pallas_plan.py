@@ -71,6 +71,17 @@ class Plan(NamedTuple):
         """Bytes that the larger kernel needs."""
         return max(vmem_bytes(self.sizes, self.forward, False), vmem_bytes(self.sizes, self.backward, True))
 
+    @property
+    def bytes(self) -> int:
+        """That forward and backward set aside beside VMEM.
+
+        Of all steps gates, states and outputs, the gradients of gates and outputs, and both operands of the product
+        that is the gradient of R, in bfloat16.
+        """
+        s = self.sizes
+        values = 2 * s.G + s.fields + 2 + (0 if s.same else s.K)
+        return s.T * s.rows * s.heads * s.lanes * (values * s.state_bytes + 2 * (1 + s.K))
+
     def grid(self, tiles: Tiles) -> tuple[int, int, int]:
         """Batch tiles, groups of heads, blocks of time."""
         return self.sizes.rows // tiles.rows, self.sizes.heads // tiles.heads, -(-self.sizes.T // tiles.steps)

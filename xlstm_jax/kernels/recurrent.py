@@ -8,7 +8,8 @@
          of rules that are elementwise in the features, with Dense maps and without `inner` and noise, where R fits
          onto the chip. "pallas_interpret" is the same kernel interpreted, slowly and on any device, for tests
 "cudnn"  cuDNN's LSTM (`cudnn.py`): the plain one in float32, on an NVIDIA GPU
-"auto"   "pallas" where the program is for one TPU and the kernel serves it, else "fused" (`choice.py`)
+"auto"   "pallas" where the program is for one TPU and the kernel serves it within the `memory_budget`, else "fused"
+         (`choice.py`)
 """
 
 from functools import partial
@@ -24,7 +25,7 @@ from ..names import unknown
 from . import feature_major, local
 from .choice import CHOSEN_FORMS, choose, record, target
 from .fused import fused, fused_bytes
-from .memory import check_budget, fitting
+from .memory import check_budget, check_chunk, fitting, within
 from .rules import DENSE, Dense, Given, Rule, Spec, State, Weights, emptied, project, step
 
 
@@ -65,8 +66,7 @@ def recurrent(
         raise ValueError(unknown("form of a recurrent cell", form, forms))
     if xs.shape[1] == 0:
         raise ValueError("xs has no time step (T = 0); at least one is needed")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    check_chunk(chunk_size)
     check_budget(memory_budget)
     given = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), Given(mask, reset, noise))
     weights = Weights(R, S, W, b, params)
@@ -80,7 +80,7 @@ def recurrent(
 
 def _run(form, spec, chunk_size, memory_budget, *arguments):
     """Outputs (B, T, D) and the last state, in the form that serves the arguments."""
-    choice = choose(form, target(), partial(_plan, form, spec, *arguments))
+    choice = choose(form, target(), partial(_plan, form, memory_budget, spec, *arguments))
     _, weights, state, *_ = arguments
     if choice.form == "fused" and not spec.remat and feature_major.serves(spec, weights, state):
         chunk_size = min(chunk_size, feature_major.LONGEST_CHUNK)
@@ -89,7 +89,9 @@ def _run(form, spec, chunk_size, memory_budget, *arguments):
         fit = fitting(arguments[0].shape[1], chunk_size, memory_budget, costs)
         chunk_size, spec = fit.L, spec._replace(remat=fit.remat)
         choice = choice._replace(reason=f"{choice.reason}; chunks of {fit.L}, remat={fit.remat}: {fit.bytes} bytes")
-    elif memory_budget is not None and form != "auto":
+    elif memory_budget is not None and form == "auto":
+        choice = choice._replace(reason=f"{choice.reason}; sets aside {choice.plan.bytes} bytes")
+    elif memory_budget is not None:
         raise ValueError(f"memory_budget is for form='fused', which chooses by it, and not for form={form!r}")
     record(choice)
     with jax.named_scope("time"):
@@ -136,14 +138,15 @@ def _heads(spec, xs, weights, state):
     return local.axes_for(N, ("tensor",))
 
 
-def _plan(form, *arguments):
-    """The kernel's plan for the target."""
+def _plan(form, memory_budget, *arguments):
+    """The kernel's plan for the target, for "auto" within the budget."""
     *arguments, target = arguments
     if target.platform == "gpu":
         return _kernel().plan_for(*arguments, interpret=form == "pallas_interpret")
     from .pallas_plan import plan_for
 
-    return plan_for(*arguments, vmem=target.vmem, cores=target.cores, interpret=form == "pallas_interpret")
+    planned = plan_for(*arguments, vmem=target.vmem, cores=target.cores, interpret=form == "pallas_interpret")
+    return within(memory_budget if form == "auto" else None, planned)
 
 
 def _cudnn(spec, xs, weights, state, given, scale):
