@@ -157,10 +157,10 @@ def pre_activations(
     """
     weighted, shares = [gate for gate in gates if isinstance(gate, nnx.Linear)], iter(())
     if weighted:
-        kernel = jnp.concatenate([gate.kernel[...].astype(gate.dtype) for gate in weighted], axis=1)
+        kernel = jnp.stack([gate.kernel[...].astype(gate.dtype) for gate in weighted], axis=1)
         ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
         products = [few_outputs(x.astype(kernel.dtype), rows) for x, rows in zip(parts, jnp.split(kernel, ends))]
-        shares = iter(jnp.split(sum(products), len(weighted), axis=-1))
+        shares = iter(jnp.unstack(sum(products), axis=2))
     return [
         gate(parts[0]) if isinstance(gate, BiasGate) else next(shares) + gate.bias[...].astype(gate.dtype)[None, None]
         for gate in gates
