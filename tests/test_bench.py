@@ -176,7 +176,7 @@ def test_memory_is_that_of_a_run(tmp_path, capsys):
     record.add(tmp_path, "mlstm", rows)
     assert bench.main([*flags, "--memory"]) == 0
     default, gone = record.read(tmp_path, "mlstm")
-    assert default["peak_bytes"] >= 0 and "peak_bytes" not in gone and "StopIteration" in capsys.readouterr().out
+    assert "peak_bytes" in default and "peak_bytes" not in gone and "StopIteration" in capsys.readouterr().out
 
 
 def test_cases_are_named_once_and_small_ones_are_small():

@@ -53,7 +53,10 @@ def scores(name, rows):
 
 @pytest.mark.parametrize("name", ["xlstm[1:0]", "transformer"])
 def test_ragged_prompts_and_beams_equal_the_whole_sequence_call(name):
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):  # layers apart
+        apart = generate.generate(model(name), PROMPTS, 8, sampling=GREEDY)
     tokens = generate.generate(model(name), PROMPTS, 8, sampling=GREEDY)
+    np.testing.assert_array_equal(tokens, apart)
     assert tokens.shape == (3, 8)
     rows = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, tokens)]
     for prompt, answer, log_p in zip(PROMPTS, tokens, scores(name, rows)):

@@ -114,6 +114,21 @@ def test_layers_apart_are_the_same_without_a_copy_and_on_one_cpu_device_alone():
             assert part.unsafe_buffer_pointer() == at or at % 64
 
 
+@pytest.mark.parametrize("inner", [2, 3])
+def test_stacks_in_stacks_are_taken_apart_from_the_outside(inner):
+    def group(seed):
+        layers = [cells.GRU(4, 4, rngs=nnx.Rngs(seed + n)) for n in range(inner)]
+        return cells.Stack(layers, pattern=["gru"] * inner)
+
+    stack = cells.Stack([group(0), group(10)], pattern=["stack"] * 2)
+    want, _ = stack(XS)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
+        apart = wrappers.layers_apart(stack)
+        ys, _ = apart(XS)
+    assert [len(each.layers) for each in apart.layers] == [inner] * 2
+    np.testing.assert_allclose(ys, want, rtol=1e-5, atol=1e-6)
+
+
 @contextlib.contextmanager
 def unchecked():
     """The calls as users have them, without the run-time annotations that pytest adds."""

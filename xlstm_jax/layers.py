@@ -89,16 +89,18 @@ class HeadwiseLinear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(dtype)[None, None]
 
 
-def wider_blocks(kernel: Float[Array, "H E F"]) -> Float[Array, "_ _ _"]:
-    """Blocks of at least `WIDTH` where there are as many, with zeros beside the own ones: the copies of x into another
-    order of axes, which take longer than the products, then move whole cache lines."""
+WIDTH = 16  # numbers in a cache line, of float32
+
+
+def wider_blocks(kernel: Float[Array, "H E F"]) -> Float[Array, "joined in out"]:
+    """Blocks joined up to `WIDTH` where their number divides so, the same map with zeros between them.
+
+    The copies of x into another order of axes, which take longer than the products, then move whole cache lines.
+    """
     H, E, F = kernel.shape
     count = math.gcd(H, -(-WIDTH // E))
     eye = jnp.eye(count, dtype=kernel.dtype)[None, :, None, :, None]
     return (kernel.reshape(-1, count, E, 1, F) * eye).reshape(-1, count * E, count * F) if count > 1 else kernel
-
-
-WIDTH = 16
 
 
 class CausalConv(nnx.Module):

@@ -105,13 +105,6 @@ def inputs(case: Case, model: Parts) -> tuple[list, list, list]:
     )
 
 
-def product(module: nnx.Module, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x (rows, in), or of heads (N, rows, in)."""
-    if isinstance(module, HeadwiseLinear):
-        return jnp.matmul(x, kernel)
-    return module.dot_general(x, kernel, (((1,), (0,)), ((), ())))
-
-
 def program(case: Case, pass_: str) -> Program:
     """All products of a model, and those of their gradients where it learns; `decode` a token after another."""
     model = parts(whole.model(case))
@@ -125,7 +118,7 @@ def program(case: Case, pass_: str) -> Program:
     )
 
     def independent(kernels, xs, memories):
-        ys = [product(module, x, kernel) for module, x, kernel in zip(linear, xs, kernels)]
+        ys = [x @ kernel for x, kernel in zip(xs, kernels)]  # of rows, or of heads and rows
         return ys, [layers.chunk_products(*each) for each in memories]
 
     def run(weights, given):

@@ -49,7 +49,7 @@ def main(suite: str, name: str, pass_: str, library: str, label: str, *folders: 
     peers.add_paths(list(folders))
     case = next(case for quick in (False, True) for case in cases.choose(suite, None, quick) if case.name == name)
     contenders = suites.contenders(case, [] if library in (OURS, BOUND) else [library])
-    print(growth(next(each for each in contenders if each.label == label).build(pass_)))
+    print(growth(next(each for each in contenders if (each.library, each.label) == (library, label)).build(pass_)))
 
 
 if __name__ == "__main__":

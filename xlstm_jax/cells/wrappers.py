@@ -245,21 +245,23 @@ def layers_apart(model: nnx.Module) -> nnx.Module:
     """On one CPU device the same model with the weights of each layer in arrays of their own, elsewhere the model.
 
     For loops that read all weights again and again: a slice of stacked ones would be copied each time. The states of
-    a stack then have no axis of repeats. Outside of `jax.jit` the arrays are views: no memory is taken.
+    a stack then have no axis of repeats. Outside of `jax.jit` the arrays are views, where they begin as JAX wants it
+    (at multiples of 64 bytes), and else copies. All layers are compiled, however many: a step is little to compile, and
+    a model of many layers has the more to copy.
     """
     if not on_one_cpu():
         return model
 
     def part(a, n):
-        return a[n] if isinstance(a, jax.core.Tracer) else jax.device_put(np.asarray(a)[n], may_alias=True)
+        return a[n] if isinstance(a, jax.core.Tracer) else jax.device_put(np.asarray(a)[n], a.sharding, may_alias=True)
 
     model = nnx.merge(*nnx.split(model))
-    for _, stack in nnx.iter_graph(model):
-        if isinstance(stack, Stack) and stack.repeats > 1:
-            graphdef, params = nnx.split(stack.layers)
-            groups = [nnx.merge(graphdef, jax.tree.map(partial(part, n=n), params)) for n in range(stack.repeats)]
-            stack.layers = nnx.List([layer for group in groups for layer in group])
-            stack.period, stack.repeats = len(stack.layers), 1
+    while stacks := [each for each in nnx.iter_graph(model) if isinstance(each[1], Stack) and each[1].repeats > 1]:
+        _, stack = min(stacks, key=lambda each: len(each[0]))  # the weights of what is inside are of its repeats first
+        graphdef, params = nnx.split(stack.layers)
+        groups = [nnx.merge(graphdef, jax.tree.map(partial(part, n=n), params)) for n in range(stack.repeats)]
+        stack.layers = nnx.List([layer for group in groups for layer in group])
+        stack.period, stack.repeats = len(stack.layers), 1
     return model
 
 

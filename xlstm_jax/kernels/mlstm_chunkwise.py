@@ -155,15 +155,16 @@ def _groups(options, qkv, gates, memory):
 
 
 def _groups_forward(options, qkv, gates, memory):
-    groups, *options = options
-    memory, (outputs, kept) = _scan(groups, partial(_forward, *options), memory, (qkv, gates))
+    groups, normalize, eps = options
+    memory, (outputs, kept) = _scan(groups, partial(_forward, normalize, eps), memory, (qkv, gates))
     return (memory, outputs), (qkv, gates._replace(sound=outputs[1]), outputs[0], kept)
 
 
 def _groups_backward(options, residuals, cotangents):
-    groups, *options = options
+    groups, normalize, eps = options
     d_memory, (dh, _) = cotangents
-    d_memory, (d_qkv, d_gates) = _scan(groups, partial(_backward, *options), d_memory, (*residuals, dh), reverse=True)
+    backward = partial(_backward, normalize, eps)
+    d_memory, (d_qkv, d_gates) = _scan(groups, backward, d_memory, (*residuals, dh), reverse=True)
     return d_qkv, d_gates, d_memory
 
 
@@ -180,7 +181,10 @@ def _scan(groups, body, carry, chunks, reverse=False):
 
 
 def _from_chunk_to_chunk(step, memory, chunks, reverse=False):
-    """`jax.lax.scan` over axis 1 of what is read and of what is kept: step(memory, chunk) -> memory, kept."""
+    """`jax.lax.scan` over axis 1 of what is read and of what is kept: step(memory, chunk) -> memory, kept.
+
+    `jax.lax.scan` itself would copy all of it to have the chunks first.
+    """
     N = chunks[0].shape[1]
 
     def at(n):
