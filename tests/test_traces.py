@@ -45,7 +45,7 @@ def gradient(name, T, mask=False, reset=False):
 
 @pytest.mark.parametrize("name", CASES)
 def test_absent_masks_and_resets_cost_nothing(name):
-    """No truth value of a row is in the program, but those that the mLSTM asks of each head, nor a sequence's number."""
+    """No truth value of a row is in the program, but those the mLSTM asks of each head, nor a sequence's number."""
     B, _ = CASES[name]
 
     def flags(**given):
