@@ -37,6 +37,12 @@ def model(name="lstm"):
     return lm
 
 
+def one_device():
+    """Where the layers of a stack are taken apart; the tests have eight devices."""
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.set_mesh(jax.make_mesh((1,), ("data",), auto, devices=jax.devices()[:1]))
+
+
 @functools.cache
 def apply(name):
     graphdef, params = nnx.split(model(name))
@@ -53,7 +59,7 @@ def scores(name, rows):
 
 @pytest.mark.parametrize("name", ["xlstm[1:0]", "transformer"])
 def test_ragged_prompts_and_beams_equal_the_whole_sequence_call(name):
-    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):  # layers apart
+    with one_device():
         apart = generate.generate(model(name), PROMPTS, 8, sampling=GREEDY)
     tokens = generate.generate(model(name), PROMPTS, 8, sampling=GREEDY)
     np.testing.assert_array_equal(tokens, apart)
@@ -83,7 +89,7 @@ def test_a_text_goes_on_as_before_wherever_it_is_cut(monkeypatch):
     blocks = list(stream(model(), PROMPTS, 8, key, sampling, block=3))
     assert [block.shape for block in blocks] == [(3, 3), (3, 3), (3, 2)]
     np.testing.assert_array_equal(np.concatenate(blocks, axis=1), want)
-    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):  # layers apart
+    with one_device():
         np.testing.assert_array_equal(generate.generate(model(), PROMPTS, 8, key, sampling), want)
 
 

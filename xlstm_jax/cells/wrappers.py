@@ -253,7 +253,9 @@ def layers_apart(model: nnx.Module) -> nnx.Module:
         return model
 
     def part(a, n):
-        return a[n] if isinstance(a, jax.core.Tracer) else jax.device_put(np.asarray(a)[n], a.sharding, may_alias=True)
+        if isinstance(a, jax.core.Tracer):
+            return a[n]
+        return jax.device_put(np.asarray(a)[n], *a.devices(), may_alias=True)
 
     model = nnx.merge(*nnx.split(model))
     while stacks := [each for each in nnx.iter_graph(model) if isinstance(each[1], Stack) and each[1].repeats > 1]:
