@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from xlstm_jax import cells
+from xlstm_jax.cells import conv
 
-
-@pytest.mark.parametrize(
+SIZES = pytest.mark.parametrize(
     "space, options, want",
     [
         ((8,), dict(kernel_size=(3,)), (8,)),
@@ -21,11 +21,28 @@ from xlstm_jax import cells
         ((4, 5, 3), dict(kernel_size=2, rank=3, strides=(1, 2, 1)), (4, 3, 3)),
     ],
 )
+
+
+@SIZES
 def test_the_state_has_the_size_of_the_convolved_inputs(space, options, want):
     cell = cells.ConvLSTM(2, 4, rngs=nnx.Rngs(0), **options)
     shapes = jax.eval_shape(lambda xs: cell(xs), jnp.zeros((1, 2, *space, 2)))
     assert shapes[0].shape == (1, 2, *want, 4)
     assert cell.initial_state(3, space).c.shape == (3, *want, 4) and shapes[1].c.shape == (1, *want, 4)
+
+
+@SIZES
+def test_the_gradient_by_taps_is_that_of_the_convolution(space, options, want):
+    with jax.enable_x64(True):
+        cell = cells.ConvLSTM(2, 1, rngs=nnx.Rngs(0), param_dtype=jnp.float64, **options)
+        keys = jax.random.split(jax.random.key(0), 3)
+        x, d_kernel = jax.random.normal(keys[0], (3, *space, 2)), jax.random.normal(keys[1], (*cell.W.shape[:-2], 4))
+        kernel, ys = cell.W[...].reshape(d_kernel.shape), jax.random.normal(keys[2], (3, *want, 4))
+        of_both = []
+        for run in (conv._convolution, conv._convolution_on_cpu):
+            apply = lambda x, kernel, run=run: run(x, kernel, x.dtype, cell.maps.window)  # noqa: E731
+            of_both.append((jax.vjp(apply, x, kernel)[1](ys), jax.jvp(apply, (x, kernel), (-x, d_kernel))))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *of_both)
 
 
 def test_peepholes_are_one_weight_a_channel():

@@ -10,16 +10,19 @@ Inputs (B, T, *space, C_in), h and c (B, *space', D). The input's convolution ha
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ..initializers import per_gate
+from ..kernels.choice import target
 from ..kernels.rules import Maps
 from .arguments import is_integer
 from .gru import GRU
@@ -30,36 +33,82 @@ from .lstm import LSTM
 class Convolution(Maps):
     """The linear maps of a convolutional cell: W (*kernel, C_in, G, D) and R (*kernel, D, G, D)."""
 
+    window: "Window"  # of the inputs
+
+    def project(self, xs: Float[Array, "T B ..."], W: Array, dtype: DTypeLike) -> Float[Array, "T B ..."]:
+        """The input's share of all gates of all steps (T, B, *space', G, D)."""
+        return convolve(xs, W, dtype, self.window)
+
+    def product(self, h: Float[Array, "..."], R: Array) -> Float[Array, "..."]:
+        """h (*M, *space, D) to (*M, *space, G, D)."""
+        ones = (1,) * len(self.window.strides)
+        return convolve(h, R, h.dtype, Window(ones, ones, "same"))
+
+    def copies(self, kernel: Array) -> int:
+        """On a CPU one a tap."""
+        return math.prod(kernel.shape[: len(self.window.strides)]) if target().platform == "cpu" else 0
+
+
+class Window(NamedTuple):
+    """How a kernel goes over its inputs."""
+
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: str
 
-    def project(self, xs: Float[Array, "T B ..."], W: Array, dtype: DTypeLike) -> Float[Array, "T B ..."]:
-        """The input's share of all gates of all steps (T, B, *space', G, D)."""
-        return convolve(xs, W, dtype, self.strides, self.dilation, self.padding)
 
-    def product(self, h: Float[Array, "..."], R: Array) -> Float[Array, "..."]:
-        """h (*M, *space, D) to (*M, *space, G, D)."""
-        ones = (1,) * len(self.strides)
-        return convolve(h, R, h.dtype, ones, ones, "same")
-
-
-def convolve(x: Array, kernel: Array, dtype: DTypeLike, strides, dilation, padding) -> Array:
+def convolve(x: Array, kernel: Array, dtype: DTypeLike, window: Window) -> Array:
     """x (*M, *space, C), kernel (*k, C, G, D) to (*M, *space', G, D): in the kernel's dtype, summed in `dtype`."""
-    rank = len(strides)
+    rank = len(window.strides)
     *size, C, G, D = kernel.shape
     lead, space = x.shape[: -rank - 1], x.shape[-rank - 1 : -1]
-    letters = "DHW"[3 - rank :]
-    y = jax.lax.conv_general_dilated(
-        x.astype(kernel.dtype).reshape(math.prod(lead), *space, C),
-        kernel.reshape(*size, C, G * D),
-        strides,
-        padding.upper(),
-        rhs_dilation=dilation,
+    x = x.astype(kernel.dtype).reshape(math.prod(lead), *space, C)
+    run = _convolution_on_cpu if target().platform == "cpu" else _convolution
+    y = run(x, kernel.reshape(*size, C, G * D), dtype, window)
+    return y.reshape(*lead, *y.shape[1:-1], G, D)
+
+
+def _convolution(x, kernel, dtype, window):
+    """x (N, *space, C), kernel (*k, C, O) to (N, *space', O)."""
+    letters = "DHW"[3 - len(window.strides) :]
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window.strides,
+        window.padding.upper(),
+        rhs_dilation=window.dilation,
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         preferred_element_type=dtype,
     )
-    return y.reshape(*lead, *y.shape[1:-1], G, D)
+
+
+def _by_taps(x, kernel, dtype, window):
+    """The same as a sum of one product a tap."""
+    *size, _, _ = kernel.shape
+    space, (strides, dilation, padding) = x.shape[1:-1], window
+    reach = [(k - 1) * d + 1 for k, d in zip(size, dilation)]
+    x = jnp.pad(x, [(0, 0), *jax.lax.padtype_to_pads(space, reach, strides, padding.upper()), (0, 0)])
+    last = [(n - r) // s * s for n, r, s in zip(x.shape[1:-1], reach, strides)]
+
+    def product(tap):
+        cut = [slice(i * d, i * d + n + 1, s) for i, d, n, s in zip(tap, dilation, last, strides)]
+        return jnp.matmul(x[:, *cut], kernel[tap], preferred_element_type=dtype)
+
+    return sum(map(product, np.ndindex(*size)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _convolution_on_cpu(x, kernel, dtype, window):
+    """The kernel's gradient is that of `_by_taps`: XLA's, in a loop on a CPU, is far slower."""
+    return _convolution(x, kernel, dtype, window)
+
+
+@partial(_convolution_on_cpu.defjvp, symbolic_zeros=True)
+def _convolution_jvp(dtype, window, primals, tangents):
+    (x, kernel), (dx, d_kernel) = primals, tangents
+    dy = [] if isinstance(dx, SymbolicZero) else [_convolution(dx, kernel, dtype, window)]
+    dy += [] if isinstance(d_kernel, SymbolicZero) else [_by_taps(x, d_kernel, dtype, window)]
+    return _convolution_on_cpu(x, kernel, dtype, window), reduce(jnp.add, dy)
 
 
 class ConvCell:
@@ -96,7 +145,7 @@ class ConvCell:
         if padding not in ("same", "valid"):
             raise ValueError(f"padding must be 'same' or 'valid', not {padding!r}")
         self.padding, self.space = padding, None if space is None else per_axis("space", space, n)
-        self.maps = Convolution(self.strides, self.dilation, padding)
+        self.maps = Convolution(Window(self.strides, self.dilation, padding))
         super().__init__(in_features, features, **options)
 
     def make_matrices(self, kernel_init, recurrent_init, key):

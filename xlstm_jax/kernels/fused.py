@@ -54,6 +54,8 @@ def fused_bytes(spec, xs, weights, state, given, scale) -> dict[bool, Bytes]:
     x, ys, kept, linear, step_in = (size(a) for a in (x, ys, kept, linear, xs[:, 0]))
     outside = max(ys, step_in)  # the outputs, then the gradients of the inputs
     work = linear + 3 * x  # the transposed rule; the gates, and their gradients as one array and as one a gate
+    for kernel, read in ((weights.W, step_in), (weights.R, size(state.h)), (weights.S, size(state.h))):
+        work += 0 if kernel is None else spec.maps.copies(kernel) * read
     return {False: Bytes(outside + kept, 0, work), True: Bytes(outside, size(state), work)}
 
 

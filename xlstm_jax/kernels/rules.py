@@ -66,6 +66,10 @@ class Maps:
         run = lambda xs, W, b: project(spec, xs, weights._replace(W=W, b=b), dx.dtype)  # noqa: E731
         return jax.vjp(run, xs, weights.W, weights.b)[1](dx)
 
+    def copies(self, kernel: Array) -> int:
+        """How many copies of what a kernel is multiplied with its gradient takes."""
+        return 0
+
     def unstack(self, gates: Array) -> Gates:
         """One array a gate.
 
