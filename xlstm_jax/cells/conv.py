@@ -29,11 +29,19 @@ from .gru import GRU
 from .lstm import LSTM
 
 
+class Window(NamedTuple):
+    """How a kernel goes over its inputs."""
+
+    strides: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: str
+
+
 @dataclass(frozen=True)
 class Convolution(Maps):
     """The linear maps of a convolutional cell: W (*kernel, C_in, G, D) and R (*kernel, D, G, D)."""
 
-    window: "Window"  # of the inputs
+    window: Window  # of the inputs
 
     def project(self, xs: Float[Array, "T B ..."], W: Array, dtype: DTypeLike) -> Float[Array, "T B ..."]:
         """The input's share of all gates of all steps (T, B, *space', G, D)."""
@@ -47,14 +55,6 @@ class Convolution(Maps):
     def copies(self, kernel: Array) -> int:
         """On a CPU one a tap."""
         return math.prod(kernel.shape[: len(self.window.strides)]) if target().platform == "cpu" else 0
-
-
-class Window(NamedTuple):
-    """How a kernel goes over its inputs."""
-
-    strides: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: str
 
 
 def convolve(x: Array, kernel: Array, dtype: DTypeLike, window: Window) -> Array:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from ..cells import GRU, LSTM, Bidirectional, ConvGRU, ConvLSTM, Elman, ProjectedLSTM, Stack
 from ..cells.base import Cell
-from ..cells.conv import Convolution
+from ..cells.conv import Window
 from ..cells.lstm import LSTMRule
 from ..names import unknown
 
@@ -401,7 +401,7 @@ def to_flax(cell: Cell) -> dict[str, dict[str, np.ndarray]]:
     kind = "conv_lstm" if isinstance(cell, ConvLSTM) else "gru" if isinstance(cell, GRU) else "lstm"
     if kind == "conv_lstm":
         ones = (1,) * len(cell.kernel_size)
-        if cell.maps != Convolution(ones, ones, "same"):
+        if cell.maps.window != Window(ones, ones, "same"):
             raise ValueError("flax has no ConvLSTM with strides, dilation or padding='valid' of the input only")
     order = FLAX[kind][1]
     fused = fuse(cell, order)
