@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--docs", type=Path, help="folder of the report (default: docs, with --quick that of the rows)")
+    parser.add_argument(
+        "--docs", type=Path, help="folder of the report (default: docs, of other rows than results/bench theirs)"
+    )
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args(argv)
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
     if rounds < 1 or not seconds > 0:
         raise ValueError(f"--rounds={rounds} --seconds={seconds}: at least 1 round and more than 0 seconds are needed")
     out = options.out or (QUICK_OUT if options.quick else OUT)
-    docs = options.docs or (out if options.quick else Path("docs"))
+    docs = options.docs or (Path("docs") if out == OUT else out)
     console, failed = Console(width=None if sys.stdout.isatty() else 150), []
     if options.suite is not None:
         chosen = cases.choose(options.suite, options.case, options.quick)

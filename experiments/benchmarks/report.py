@@ -135,7 +135,7 @@ def details(row: Row) -> list[str]:
         mib("temp_bytes"),
         mib("peak_bytes"),
         number(row["compile_seconds"], 2),
-        share(row["share_of_products"]),
+        "–" if row["implementation"] == LOOP else share(row["share_of_products"]),  # it has none
         share(row["share_of_bandwidth"]),
         "–" if row["difference"] is None else f"{row['difference']:.0e}",
         number(row["parameters"]),
