@@ -6,20 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.jaxprs import equations
 from tests.stand_in import Recall
 from xlstm_jax import models, optim, precision, train
 
 WIDE_ONLY = {"exp", "log", "log1p", "rsqrt", "sqrt", "cumsum", "reduce_max", "argmax"}  # gates, norms, softmax, loss
-
-
-def equations(jaxpr):
-    """Every equation of a program, inner programs included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def lm(backbone, policy="bfloat16", **options):

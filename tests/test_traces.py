@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from tests.jaxprs import equations
 from xlstm_jax import cells
 from xlstm_jax.kernels import mlstm_chunkwise
 
@@ -18,16 +19,6 @@ CASES = {  # rows, the cell
     "mlstm": (5, partial(cells.MLSTM, 3, 12, num_heads=H)),
     "mlstm, in groups": (1024, partial(cells.MLSTM, 3, 12, num_heads=H)),
 }
-
-
-def equations(trace):
-    """All equations of a jaxpr, those inside of its loops and functions too."""
-    for equation in trace.eqns:
-        yield equation
-        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def gradient(name, T, mask=False, reset=False):

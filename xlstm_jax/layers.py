@@ -55,7 +55,7 @@ class Norm(nnx.Module):
 def few_outputs(x: Float[Array, "B T D"], kernel: Float[Array, "D G N"]) -> Float[Array, "B T G N"]:
     """x times a kernel whose G and N are small.
 
-    On a CPU the gradient of the kernel is summed with D last, in a seventh of the time; the barrier keeps it so.
+    On a CPU the gradient of the kernel is summed with D last, which is far faster; the barrier keeps it so.
     """
     axis = 0
     if target().platform == "cpu":
